@@ -1,0 +1,49 @@
+"""The one kind of error a user can cause, and how every command ends on it.
+
+Whatever a user can mend (a missing folder, a misspelt key, a full disk) is raised as a `UserError` whose text says what was
+expected, what came and what to do. `run_command` turns it into one line on stderr and exit code 2, without a traceback; a
+bug of ours still ends in a traceback.
+"""
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """What was expected, what came, and what to do about it, in one or two sentences."""
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EROFS: "The file system is read-only",
+    errno.EACCES: "Permission was denied",
+}
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """The sentence for an operating-system error a user can mend, or None for one that points to a bug."""
+    said = _DISK_ERRORS.get(error.errno or 0)
+    if said is None:
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    return f"{said}{where}. Free some space or choose another folder, then run the same command again; it continues."
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Runs `main(argv)` as a command: a `UserError` becomes `error: ...` on stderr and exit code 2."""
+    try:
+        main(sys.argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        said = explain_os_error(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
