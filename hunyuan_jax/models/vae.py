@@ -1,0 +1,311 @@
+"""The causal 3D VAE of HunyuanVideo: frames to a Gaussian over latents, 4x in time and 8x8 in space, and back.
+
+    frames  B T H W 3  in [-1, 1], T = 1 + 4n      encode ->  Posterior, B Y.. : mean and logvar  B 1+n H/8 W/8 C
+    latents B T Y X C  unscaled                    decode ->  frames B 1+4(T-1) 8Y 8X 3
+
+Convolutions replicate the edge and look only backwards in time; the first frame is an image of its own and is never upsampled
+in time. Group normalisation, as released, takes its statistics over all frames, so the network is causal but for those
+statistics. Attention in the middle is one head, causal by frame. Names of modules and parameters are those of the released
+checkpoint, with `.` as `_` before a number. Paper section 4.1 ("3D VAE"); constants from the released configuration.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hunyuan_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Sizes of the VAE; the defaults are the released model of 246,478,803 parameters.
+
+    `convolution` says how a 3D convolution is computed, with equal results: "volume" as one, "planes" as a sum of 2D
+    convolutions over the kernel's frames, which XLA runs 2 to 5 times faster on CPUs.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.476986
+    spatial_compression: int = 8
+    temporal_compression: int = 4
+    convolution: Literal["volume", "planes"] = "volume"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise UserError(f"VAE: every width must be a multiple of norm_num_groups={self.norm_num_groups}, but {channels} is not.")
+        if self.convolution not in ("volume", "planes"):
+            raise UserError(f"VAE: convolution must be 'volume' or 'planes', not {self.convolution!r}.")
+        levels = len(self.block_out_channels)
+        for name, factor in (("spatial_compression", self.spatial_compression), ("temporal_compression", self.temporal_compression)):
+            if factor & (factor - 1) or not 1 <= factor <= 2 ** (levels - 1):
+                raise UserError(f"VAE: {name}={factor} must be a power of two of at most {2 ** (levels - 1)} for {levels} levels.")
+
+    @property
+    def strides(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """The (time, height, width) stride that ends each level of the encoder, or None; time is compressed last."""
+        levels = len(self.block_out_channels)
+        in_space = self.spatial_compression.bit_length() - 1
+        in_time = self.temporal_compression.bit_length() - 1
+        strides: list[tuple[int, int, int] | None] = []
+        for level in range(levels):
+            space = 2 if level < in_space else 1
+            time = 2 if levels - 1 - in_time <= level < levels - 1 else 1
+            strides.append((time, space, space) if max(time, space) > 1 else None)
+        return tuple(strides)
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(T, Y, X, C) of a clip's latents. Raises `UserError` for a clip the VAE cannot represent exactly."""
+        if (frames - 1) % self.temporal_compression or frames < 1:
+            raise UserError(f"VAE: the number of frames must be {self.temporal_compression}n + 1, not {frames}.")
+        if height % self.spatial_compression or width % self.spatial_compression:
+            raise UserError(f"VAE: height and width must be multiples of {self.spatial_compression}, not {height} x {width}.")
+        return (
+            1 + (frames - 1) // self.temporal_compression,
+            height // self.spatial_compression,
+            width // self.spatial_compression,
+            self.latent_channels,
+        )
+
+
+@flax.struct.dataclass
+class Posterior:
+    """A diagonal Gaussian over latents, unscaled; `logvar` is clipped to [-30, 20]."""
+
+    mean: Float[Array, "B T Y X C"]
+    logvar: Float[Array, "B T Y X C"]
+
+    def sample(self, noise: Float[Array, "B T Y X C"]) -> Float[Array, "B T Y X C"]:
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Float[Array, "B"]:
+        """KL divergence to the standard normal, summed over a sample's latents, in nats."""
+        terms = 0.5 * (jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar)
+        return jnp.sum(terms, axis=(1, 2, 3, 4))
+
+
+class Conv3D(nn.Module):
+    """A plain 3D convolution with bias and no padding; `convolution` as in `VAEConfig`."""
+
+    features: int
+    kernel: int
+    strides: tuple[int, int, int]
+    convolution: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
+        shape = (self.kernel,) * 3 + (x.shape[-1], self.features)
+        # PyTorch's default: uniform with variance 1 / (3 fan_in).
+        kernel = self.param("kernel", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        if self.kernel == 1 and self.strides == (1, 1, 1):
+            return x @ kernel[0, 0, 0] + bias
+        if self.convolution == "planes":
+            return _convolve_planes(x, kernel, strides=self.strides) + bias
+        dims = ("NDHWC", "DHWIO", "NDHWC")
+        return jax.lax.conv_general_dilated(x, kernel, self.strides, "VALID", dimension_numbers=dims) + bias
+
+
+def _convolve_planes(x: Array, kernel: Array, *, strides: tuple[int, int, int]) -> Array:
+    """The 3D convolution as a sum, over the kernel's frames, of 2D convolutions of the frames it meets."""
+    batch, frames, *plane = x.shape
+    out_frames = (frames - kernel.shape[0]) // strides[0] + 1
+    total = jnp.zeros((), x.dtype)
+    for tap in range(kernel.shape[0]):
+        met = jax.lax.slice_in_dim(x, tap, tap + (out_frames - 1) * strides[0] + 1, strides[0], axis=1)
+        met = met.reshape(batch * out_frames, *plane)
+        total += jax.lax.conv_general_dilated(met, kernel[tap], strides[1:], "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return total.reshape(batch, out_frames, *total.shape[1:])
+
+
+class CausalConv(nn.Module):
+    """A 3D convolution that replicates the edges in space and the first frame before the beginning, and never looks ahead."""
+
+    config: VAEConfig
+    features: int
+    kernel: int = 3
+    strides: tuple[int, int, int] = (1, 1, 1)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
+        side = self.kernel // 2
+        if self.kernel > 1:
+            x = jnp.pad(x, ((0, 0), (self.kernel - 1, 0), (side, side), (side, side), (0, 0)), mode="edge")
+        return Conv3D(self.features, self.kernel, self.strides, self.config.convolution, self.config.dtype, name="conv")(x)
+
+
+def _group_norm(config: VAEConfig, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_num_groups, epsilon=1e-6, dtype=config.dtype, name=name)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, around a skip that is projected where the width changes."""
+
+    config: VAEConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W D"]:
+        h = CausalConv(self.config, self.features, name="conv1")(nn.silu(_group_norm(self.config, "norm1")(x)))
+        h = CausalConv(self.config, self.features, name="conv2")(nn.silu(_group_norm(self.config, "norm2")(h)))
+        if x.shape[-1] != self.features:
+            x = CausalConv(self.config, self.features, kernel=1, name="conv_shortcut")(x)
+        return x + h
+
+
+class FrameCausalAttention(nn.Module):
+    """One head over all positions; a position sees its own frame and the earlier ones.
+
+    Computed one query frame at a time and recomputed in the backward pass, so no (T Y X)^2 matrix exists.
+    """
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B T Y X C"]:
+        batch, frames, height, width, channels = x.shape
+        # The positions of a frame are flattened for the whole block: normalisation sees the same values either way.
+        h = _group_norm(self.config, "group_norm")(x).reshape(batch, frames, height * width, channels)
+        q, k, v = (nn.Dense(channels, dtype=self.config.dtype, name=name)(h) for name in ("to_q", "to_k", "to_v"))
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def attend(frame: Array, q: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
+            scores = jnp.einsum("bsc,btuc->bstu", q, k).astype(jnp.float32) * channels**-0.5
+            scores = jnp.where(jnp.arange(frames)[:, None] <= frame, scores, -jnp.inf)
+            weights = nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
+            return jnp.einsum("bstu,btuc->bsc", weights, v)
+
+        out = jax.lax.map(lambda args: attend(*args), (jnp.arange(frames), q.swapaxes(0, 1))).swapaxes(0, 1)
+        return x + nn.Dense(channels, dtype=self.config.dtype, name="to_out_0")(out).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B T Y X C"]:
+        x = ResBlock(self.config, x.shape[-1], name="resnets_0")(x)
+        x = FrameCausalAttention(self.config, name="attentions_0")(x)
+        return ResBlock(self.config, x.shape[-1], name="resnets_1")(x)
+
+
+class Downsample(nn.Module):
+    config: VAEConfig
+    strides: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 C"]:
+        return CausalConv(self.config, x.shape[-1], strides=self.strides, name="conv")(x)
+
+
+def upsample_nearest(x: Float[Array, "B T H W C"], factors: tuple[int, int, int]) -> Float[Array, "B T2 H2 W2 C"]:
+    """Repeats positions; the first frame is repeated in space only, so T becomes 1 + factor (T - 1)."""
+    time, height, width = factors
+    if time > 1:
+        x = jnp.concatenate([x[:, :1], jnp.repeat(x[:, 1:], time, axis=1)], axis=1)
+    batch, frames, rows, columns, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, rows, height, columns, width, channels))
+    return x.reshape(batch, frames, rows * height, columns * width, channels)
+
+
+class Upsample(nn.Module):
+    config: VAEConfig
+    factors: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 C"]:
+        return CausalConv(self.config, x.shape[-1], name="conv")(upsample_nearest(x, self.factors))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, then a change of resolution where `strides` is given."""
+
+    config: VAEConfig
+    features: int
+    layers: int
+    strides: tuple[int, int, int] | None
+    up: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
+        for layer in range(self.layers):
+            x = ResBlock(self.config, self.features, name=f"resnets_{layer}")(x)
+        if self.strides is None:
+            return x
+        if self.up:
+            return Upsample(self.config, self.strides, name="upsamplers_0")(x)
+        return Downsample(self.config, self.strides, name="downsamplers_0")(x)
+
+
+class Encoder(nn.Module):
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H W 3"]) -> Float[Array, "B T2 Y X C2"]:
+        c = self.config
+        x = CausalConv(c, c.block_out_channels[0], name="conv_in")(x)
+        for i, (features, strides) in enumerate(zip(c.block_out_channels, c.strides, strict=True)):
+            x = Level(c, features, c.layers_per_block, strides, up=False, name=f"down_blocks_{i}")(x)
+        x = MidBlock(c, name="mid_block")(x)
+        return CausalConv(c, 2 * c.latent_channels, name="conv_out")(nn.silu(_group_norm(c, "conv_norm_out")(x)))
+
+
+class Decoder(nn.Module):
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B T2 H W 3"]:
+        c = self.config
+        x = CausalConv(c, c.block_out_channels[-1], name="conv_in")(x)
+        x = MidBlock(c, name="mid_block")(x)
+        # Going up repeats the encoder's strides in the encoder's order: time is expanded last.
+        for i, (features, factors) in enumerate(zip(reversed(c.block_out_channels), c.strides, strict=True)):
+            x = Level(c, features, c.layers_per_block + 1, factors, up=True, name=f"up_blocks_{i}")(x)
+        return CausalConv(c, c.out_channels, name="conv_out")(nn.silu(_group_norm(c, "conv_norm_out")(x)))
+
+
+class VAE(nn.Module):
+    """`encode` and `decode`; `__call__` is both, through the mean, and exists to initialise all parameters at once."""
+
+    config: VAEConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.quant_conv = Conv3D(2 * c.latent_channels, 1, (1, 1, 1), c.convolution, c.dtype)
+        self.post_quant_conv = Conv3D(c.latent_channels, 1, (1, 1, 1), c.convolution, c.dtype)
+
+    def encode(self, frames: Float[Array, "B T H W 3"]) -> Posterior:
+        """The posterior of frames in [-1, 1]; the frame count must be 4n + 1, height and width multiples of 8."""
+        self.config.latent_shape(*frames.shape[1:4])
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(frames)).astype(jnp.float32), 2, axis=-1)
+        return Posterior(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
+
+    def decode(self, latents: Float[Array, "B T Y X C"]) -> Float[Array, "B T2 H W 3"]:
+        """Frames of unscaled latents, not clipped to [-1, 1]."""
+        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+
+    def __call__(self, frames: Float[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
+        return self.decode(self.encode(frames).mean)
+
+
+def abstract_params(config: VAEConfig) -> Any:
+    """Shapes and dtypes of the parameters, without memory."""
+    side = 2 * config.spatial_compression
+    frames = jax.ShapeDtypeStruct((1, 1 + config.temporal_compression, side, side, config.in_channels), jnp.float32)
+    return jax.eval_shape(lambda frames: VAE(config).init(jax.random.key(0), frames)["params"], frames)
