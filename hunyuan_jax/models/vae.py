@@ -17,7 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from hunyuan_jax.errors import UserError
 
@@ -97,6 +97,16 @@ class Posterior:
         return jnp.sum(terms, axis=(1, 2, 3, 4))
 
 
+def delta_orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "t h w C D"]:
+    """A kernel that mixes the channels of the current position orthogonally and ignores its neighbours.
+
+    With residual branches that begin at zero the untrained network passes its input on as an isometry, which a network this
+    deep between a clip and its latents needs to learn quickly.
+    """
+    centre = (shape[0] - 1, shape[1] // 2, shape[2] // 2)
+    return jnp.zeros(shape, dtype).at[centre].set(nn.initializers.orthogonal()(key, shape[3:], dtype))
+
+
 class Conv3D(nn.Module):
     """A plain 3D convolution with bias and no padding; `convolution` as in `VAEConfig`."""
 
@@ -105,13 +115,14 @@ class Conv3D(nn.Module):
     strides: tuple[int, int, int]
     convolution: str
     dtype: str
+    kernel_init: nn.initializers.Initializer = delta_orthogonal
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
         shape = (self.kernel,) * 3 + (x.shape[-1], self.features)
-        # PyTorch's default: uniform with variance 1 / (3 fan_in).
-        kernel = self.param("kernel", nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         if self.kernel == 1 and self.strides == (1, 1, 1):
             return x @ kernel[0, 0, 0] + bias
@@ -140,13 +151,15 @@ class CausalConv(nn.Module):
     features: int
     kernel: int = 3
     strides: tuple[int, int, int] = (1, 1, 1)
+    kernel_init: nn.initializers.Initializer = delta_orthogonal
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
+        c = self.config
         side = self.kernel // 2
         if self.kernel > 1:
             x = jnp.pad(x, ((0, 0), (self.kernel - 1, 0), (side, side), (side, side), (0, 0)), mode="edge")
-        return Conv3D(self.features, self.kernel, self.strides, self.config.convolution, self.config.dtype, name="conv")(x)
+        return Conv3D(self.features, self.kernel, self.strides, c.convolution, c.dtype, self.kernel_init, name="conv")(x)
 
 
 def _group_norm(config: VAEConfig, name: str) -> nn.GroupNorm:
@@ -154,15 +167,16 @@ def _group_norm(config: VAEConfig, name: str) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a skip that is projected where the width changes."""
+    """Norm, SiLU, convolution, twice, around a skip that is projected where the width changes; the branch begins at zero."""
 
     config: VAEConfig
     features: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W D"]:
-        h = CausalConv(self.config, self.features, name="conv1")(nn.silu(_group_norm(self.config, "norm1")(x)))
-        h = CausalConv(self.config, self.features, name="conv2")(nn.silu(_group_norm(self.config, "norm2")(h)))
+        in_branch = nn.initializers.lecun_normal()
+        h = CausalConv(self.config, self.features, kernel_init=in_branch, name="conv1")(nn.silu(_group_norm(self.config, "norm1")(x)))
+        h = CausalConv(self.config, self.features, kernel_init=nn.initializers.zeros, name="conv2")(nn.silu(_group_norm(self.config, "norm2")(h)))
         if x.shape[-1] != self.features:
             x = CausalConv(self.config, self.features, kernel=1, name="conv_shortcut")(x)
         return x + h
@@ -191,7 +205,8 @@ class FrameCausalAttention(nn.Module):
             return jnp.einsum("bstu,btuc->bsc", weights, v)
 
         out = jax.lax.map(lambda args: attend(*args), (jnp.arange(frames), q.swapaxes(0, 1))).swapaxes(0, 1)
-        return x + nn.Dense(channels, dtype=self.config.dtype, name="to_out_0")(out).reshape(x.shape)
+        to_out = nn.Dense(channels, dtype=self.config.dtype, kernel_init=nn.initializers.zeros, name="to_out_0")
+        return x + to_out(out).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
@@ -279,6 +294,11 @@ class Decoder(nn.Module):
         return CausalConv(c, c.out_channels, name="conv_out")(nn.silu(_group_norm(c, "conv_norm_out")(x)))
 
 
+def _narrow_posterior(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "C2"]:
+    """Mean 0 and log-variance -6: at first the latents' noise must not drown what the encoder says."""
+    return jnp.where(jnp.arange(*shape) < shape[0] // 2, 0.0, -6.0).astype(dtype)
+
+
 class VAE(nn.Module):
     """`encode` and `decode`; `__call__` is both, through the mean, and exists to initialise all parameters at once."""
 
@@ -287,7 +307,7 @@ class VAE(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.encoder, self.decoder = Encoder(c), Decoder(c)
-        self.quant_conv = Conv3D(2 * c.latent_channels, 1, (1, 1, 1), c.convolution, c.dtype)
+        self.quant_conv = Conv3D(2 * c.latent_channels, 1, (1, 1, 1), c.convolution, c.dtype, bias_init=_narrow_posterior)
         self.post_quant_conv = Conv3D(c.latent_channels, 1, (1, 1, 1), c.convolution, c.dtype)
 
     def encode(self, frames: Float[Array, "B T H W 3"]) -> Posterior:

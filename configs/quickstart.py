@@ -1,0 +1,136 @@
+"""The shapes world: everything tiny, the same code as the 13B run. The argument picks the part.
+
+    vae                a few more steps for the small VAE that lies in configs/shapes_vae (minutes on 2 CPU cores)
+    vae_from_scratch   the whole training of that VAE (an hour or two on 2 CPU cores)
+    encode             how clips become latents and text states
+    t2v                a small DiT: 9 frames of 64 x 64 pixels, minutes on 2 CPU cores
+    t2v_long           17 frames of 64 x 64 pixels, at most 2 hours on 2 CPU cores
+
+    python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR --config.data.path=LATENTS
+"""
+
+from ml_collections import ConfigDict
+
+
+def _vae(steps: int) -> ConfigDict:
+    video = {"frames": 9, "height": 64, "width": 64, "intervals": (1, 2)}
+    return ConfigDict(
+        {
+            "task": "vae",
+            "seed": 0,
+            "start": "",
+            "model": {
+                "block_out_channels": (8, 16, 48, 48),
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+                "convolution": "planes",
+            },
+            "loss": {"kl_weight": 1e-6},
+            "data": {
+                "path": "",
+                "kind": "Clip",
+                "buckets": (
+                    {"frames": 9, "height": 32, "width": 32, "intervals": (1, 2), "resize": (64, 64), "batch": 4, "share": 5.0},
+                    {**video, "batch": 1, "share": 2.0},
+                    {"frames": 17, "height": 64, "width": 64, "batch": 1, "share": 0.5},
+                    {"frames": 1, "height": 64, "width": 64, "batch": 8, "share": 1.0},
+                ),
+            },
+            "optimizer": {"learning_rate": 6e-4, "warmup_steps": 100, "decay_steps": steps, "final_fraction": 0.02, "b2": 0.99},
+            "ema": {"decay": 0.998},
+            "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
+            "train": {
+                "steps": steps,
+                "log_every": 20,
+                "checkpoint_every": 500,
+                "measure_every": 500,
+                "measure_samples": 32,
+                "preview_every": 500,
+            },
+        }
+    )
+
+
+def _encode(frames: int, interval: int) -> ConfigDict:
+    return ConfigDict(
+        {
+            "buckets": (
+                {"frames": frames, "height": 64, "width": 64, "intervals": (interval,), "batch": 8},
+                {"frames": 1, "height": 64, "width": 64, "batch": 32},
+            ),
+            "text": {
+                "tower": {
+                    "vocab_size": 259,
+                    "width": 64,
+                    "num_layers": 4,
+                    "skip_layers": 2,
+                    "num_heads": 4,
+                    "num_kv_heads": 2,
+                    "mlp_width": 128,
+                    "rope_theta": 100.0,
+                },
+                "template": "Video: {}",
+                "max_tokens": 41,
+                "seed": 0,
+            },
+            "prompts": (("short",),),
+            "measure_scale": True,
+        }
+    )
+
+
+def _t2v(frames: int, steps: int) -> ConfigDict:
+    return ConfigDict(
+        {
+            "task": "t2v",
+            "seed": 0,
+            "model": {
+                "width": 128,
+                "num_heads": 4,
+                "num_double_blocks": 2,
+                "num_single_blocks": 4,
+                "text_dim": 64,
+                "pooled_dim": 64,
+                "num_refiner_blocks": 1,
+                "rope_axes": (8, 12, 12),
+            },
+            "loss": {"text_dropout": 0.1},
+            "sampling": {"steps": 20, "shift": 2.0, "cfg_scale": 3.0},
+            "data": {
+                "path": "",
+                "kind": "Latent",
+                "text_length": 41,
+                "buckets": (
+                    {"frames": frames, "height": 64, "width": 64, "batch": 32, "share": 7.0},
+                    {"frames": 1, "height": 64, "width": 64, "batch": 64, "share": 1.0},
+                ),
+            },
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": steps, "final_fraction": 0.02, "b2": 0.98},
+            "ema": {"decay": 0.99},
+            "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
+            "train": {
+                "steps": steps,
+                "log_every": 10,
+                "checkpoint_every": 200,
+                "measure_every": 200,
+                "measure_samples": 64,
+                "preview_every": 200,
+            },
+        }
+    )
+
+
+PARTS = {
+    "vae_from_scratch": lambda: _vae(8000),
+    "encode": lambda: _encode(9, 2),
+    "encode_long": lambda: _encode(17, 1),
+    "t2v": lambda: _t2v(9, 1000),
+    "t2v_long": lambda: _t2v(17, 4000),
+}
+
+
+def get_config(part: str = "t2v") -> ConfigDict:
+    """The config of one part."""
+    if part not in PARTS:
+        raise ValueError(f"configs/quickstart.py has the parts {', '.join(PARTS)}, not {part!r}.")
+    return PARTS[part]()

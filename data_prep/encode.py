@@ -1,0 +1,224 @@
+"""Turns clips into what the DiT trains on: `python -m data_prep.encode --clips DIR --vae DIR --output DIR --config FILE:encode`.
+
+For each bucket of the config: decode the clips that fit, encode them with the VAE, add the text states of their prompts, write
+shards of `Latent` records. The codec (VAE and text tower) is written beside them. Shards have names made from everything that
+decides their content, so a run that was stopped goes on with the missing ones, and one with another VAE, tower or config never
+mixes with them. Shards depend on no other shard: workers may write them in any order.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from hunyuan_jax import convert
+from hunyuan_jax.checkpoint import load_params, read_model
+from hunyuan_jax.codec import Codec, TextConfig
+from hunyuan_jax.data import records
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.data.captions import make_prompt
+from hunyuan_jax.data.dataset import Dataset, open_dataset, sha256_of, write_index, write_shard
+from hunyuan_jax.data.transforms import fit_to_bucket
+from hunyuan_jax.errors import UserError, run_command
+from hunyuan_jax.models.vae import VAEConfig, abstract_params
+from hunyuan_jax.settings import build, parse_flags
+from hunyuan_jax.video_io import read_video
+
+FORMAT = 1  # part of every fingerprint; raised when the same inputs would give other records
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """What is encoded: buckets, the text side, and the caption fields of each prompt variant.
+
+    With `measure_scale` the latents' standard deviation over the first `scale_clips` clips sets the VAE's scaling_factor;
+    without it the factor of the VAE's own config is kept, as released weights need it.
+    """
+
+    buckets: tuple[Any, ...]
+    text: Any
+    prompts: tuple[tuple[str, ...], ...] = (("short",),)
+    clips_per_shard: int = 512
+    measure_scale: bool = False
+    scale_clips: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One shard to be: a bucket and the clips (row numbers) that go into it."""
+
+    name: str
+    bucket: Bucket
+    rows: tuple[int, ...]
+
+
+def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: EncodeConfig) -> None:
+    """Writes the latent dataset of `clips` into `output`, or what is missing of it."""
+    buckets = [build(Bucket, section, where=f"buckets[{i}]") for i, section in enumerate(config.buckets)]
+    text = build(TextConfig, config.text, where="text")
+    codec = Codec(vae[0], jax.tree.map(jnp.asarray, vae[1]), text)
+    if config.measure_scale:
+        codec = dataclasses.replace(codec, vae=dataclasses.replace(codec.vae, scaling_factor=_measure_scale(clips, codec, buckets, config)))
+    codec.save(output / "codec")
+    made_from = {
+        "format": FORMAT,
+        "clips": sha256_of(clips.folder / "dataset.json"),
+        "codec": codec.fingerprint(output / "codec"),
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+    }
+    pieces = plan_pieces(clips, buckets, made_from, clips_per_shard=config.clips_per_shard)
+    prompts = {n: [make_prompt(row_caption(row), fields) for fields in config.prompts] for n, row in enumerate(clips.rows)}
+    states = _encode_prompts(codec, sorted({prompt for variants in prompts.values() for prompt in variants}))
+
+    encoder = jax.jit(lambda frames: codec.encode_frames(frames))
+    rows: list[dict[str, Any]] = []
+    shards = []
+    with tqdm(total=sum(len(p.rows) for p in pieces), unit="clip", desc="encode", dynamic_ncols=True) as bar:
+        for piece in pieces:
+            path = output / piece.name
+            if not path.exists():
+                items = _encode_piece(piece, clips, prompts, states, encoder)
+                write_shard(path, items)
+            bar.update(len(piece.rows))
+            shards.append({"name": piece.name, "records": len(piece.rows), "sha256": sha256_of(path)})
+            rows += [_manifest_row(clips.rows[n], piece, index) for index, n in enumerate(piece.rows)]
+    write_index(output, kind="Latent", rows=rows, shards=shards, made_from=made_from)
+    for stale in set(output.glob("*.array_record*")) - {output / p.name for p in pieces}:
+        stale.unlink()
+
+
+def row_caption(row: dict[str, Any]) -> dict[str, Any]:
+    """The structured caption in a row of the clips' manifest."""
+    caption = row["caption"]
+    return json.loads(caption) if isinstance(caption, str) else caption
+
+
+def plan_pieces(clips: Dataset, buckets: Sequence[Bucket], made_from: dict[str, Any], *, clips_per_shard: int) -> list[Piece]:
+    """The shards to write, in order; their names carry a hash of what they are made from."""
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    pieces = []
+    for bucket in buckets:
+        fitting = [n for n, row in enumerate(clips.rows) if bucket.fits(row["num_frames"])]
+        if not fitting:
+            raise UserError(f"No clip in {clips.folder} has the {bucket.span(min(bucket.intervals))} frames that bucket {bucket.name} needs.")
+        groups = [fitting[i : i + clips_per_shard] for i in range(0, len(fitting), clips_per_shard)]
+        for i, group in enumerate(groups):
+            pieces.append(Piece(f"latents-{key}-{bucket.name}-{i:05d}-of-{len(groups):05d}.array_record", bucket, tuple(group)))
+    return pieces
+
+
+def _manifest_row(clip: dict[str, Any], piece: Piece, index: int) -> dict[str, Any]:
+    frames, height, width = piece.bucket.shape
+    place = {"shard": piece.name, "index": index, "source": clip["source"]}
+    return {"id": f"{clip['id']}/{piece.bucket.name}", **place, "frames": frames, "height": height, "width": width}
+
+
+def _fit(clip: records.Clip | records.Latent, bucket: Bucket) -> np.ndarray:
+    assert isinstance(clip, records.Clip)
+    return fit_to_bucket(read_video(clip.video).frames, bucket)
+
+
+def _measure_scale(clips: Dataset, codec: Codec, buckets: Sequence[Bucket], config: EncodeConfig) -> float:
+    """One over the standard deviation of latents, over the longest bucket's first clips."""
+    bucket = max(buckets, key=lambda b: b.frames)
+    rows = [n for n, row in enumerate(clips.rows) if bucket.fits(row["num_frames"])][: config.scale_clips]
+    encoder = jax.jit(lambda frames: codec.encode_frames(frames).mean)
+    means = [np.asarray(encoder(np.stack(batch))) for batch in _batches([_fit(c, bucket) for c in clips.read(rows)], bucket.batch)]
+    deviation = float(np.std(np.concatenate(means)))
+    if not np.isfinite(deviation) or deviation == 0.0:
+        raise UserError(f"The VAE's latents have a standard deviation of {deviation}; its weights are broken or untrained.")
+    return round(1.0 / deviation, 6)
+
+
+def _batches(frames: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    """Batches of one size, the last one filled up with its last clip."""
+    groups = [frames[i : i + size] for i in range(0, len(frames), size)]
+    return [group + [group[-1]] * (size - len(group)) for group in groups]
+
+
+def _encode_prompts(codec: Codec, prompts: Sequence[str]) -> dict[str, records.TextStates]:
+    return dict(zip(prompts, codec.encode_prompts(prompts), strict=True))
+
+
+def _encode_piece(piece: Piece, clips: Dataset, prompts: dict[int, list[str]], states: dict[str, records.TextStates], encoder: Any) -> list[bytes]:
+    items = []
+    size = piece.bucket.batch
+    for start in range(0, len(piece.rows), size):
+        numbers = piece.rows[start : start + size]
+        found = clips.read(numbers)
+        posterior = encoder(np.stack(_batches([_fit(clip, piece.bucket) for clip in found], size)[0]))
+        mean, logvar = (np.asarray(x).astype(ml_dtypes.bfloat16) for x in (posterior.mean, posterior.logvar))
+        for row, (number, clip) in enumerate(zip(numbers, found, strict=True)):
+            assert isinstance(clip, records.Clip)
+            latent = records.Latent(
+                id=f"{clip.id}/{piece.bucket.name}",
+                bucket=piece.bucket.shape,
+                fps=clip.fps / min(piece.bucket.intervals),
+                source=clip.source,
+                mean=mean[row],
+                logvar=logvar[row],
+                texts=tuple(states[prompt] for prompt in prompts[number]),
+            )
+            items.append(records.to_bytes(latent))
+    return items
+
+
+def load_vae(path: Path) -> tuple[VAEConfig, Any]:
+    """A VAE from a training run's folder (its averaged weights) or from a folder in the released layout."""
+    if not (path / "model.json").exists():
+        return convert.load(path, component="vae")
+    model = read_model(path)
+    if model.get("task") != "vae":
+        raise UserError(f"{path} is a run of task {model.get('task')!r}; --vae needs a run of task 'vae' or a folder with VAE weights.")
+    config = build(VAEConfig, model["model"], where="model")
+    return config, load_params(path, abstract_params(config))[0]
+
+
+def is_done(output: Path, clips: Path, vae: tuple[VAEConfig, Any], config: EncodeConfig) -> bool:
+    """Whether `output` already holds the whole dataset made from these clips, this VAE and this config."""
+    try:
+        made_from = json.loads((output / "dataset.json").read_text())["made_from"]
+        there, params = convert.load(output / "codec" / "vae", component="vae")
+    except (OSError, ValueError, KeyError, UserError):
+        return False
+    same = dataclasses.replace(there, scaling_factor=vae[0].scaling_factor if config.measure_scale else there.scaling_factor) == vae[0]
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(vae[1]), strict=False)
+    return (
+        same
+        and all(np.array_equal(a, b) for a, b in leaves)
+        and made_from.get("format") == FORMAT
+        and made_from.get("clips") == sha256_of(clips / "dataset.json")
+        and made_from.get("config") == json.loads(json.dumps(dataclasses.asdict(config)))
+    )
+
+
+def main(argv: list[str]) -> None:
+    config_file = config_flags.DEFINE_config_file("config", None, "Such as configs/quickstart.py:encode.", lock_config=True)
+    flags.DEFINE_string("clips", None, "Folder of the curated clips.")
+    flags.DEFINE_string("vae", None, "A training run of the VAE, or a folder with its weights in the released layout.")
+    flags.DEFINE_string("output", None, "Folder for the latents.")
+    parse_flags(argv, required=("config", "clips", "vae", "output"))
+    section: ConfigDict = config_file.value
+    config = build(EncodeConfig, section, where="encode")
+    clips, output = open_dataset(flags.FLAGS.clips, kind="Clip"), Path(flags.FLAGS.output)
+    vae = load_vae(Path(flags.FLAGS.vae))
+    if is_done(output, clips.folder, vae, config):
+        print(f"encode: {output} is done; nothing to do")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"encode: {len(clips.rows)} clips from {clips.folder} into {output}, {len(config.buckets)} buckets")
+    encode(clips, vae, output, config=config)
+
+
+if __name__ == "__main__":
+    run_command(main)

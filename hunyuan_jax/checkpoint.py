@@ -1,0 +1,98 @@
+"""Checkpoints of a run: the training state and the data position, by Orbax, and what the model is, beside them.
+
+    WORKDIR/model.json           task, model and codec settings: what the parameters mean
+    WORKDIR/checkpoints/1200/    params, ema, rest (step, optimizer), data (the loader's position); a folder under its final
+                                 name is whole, Orbax commits by renaming
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from hunyuan_jax.data.dataset import write_json
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.tasks.task import Params
+from hunyuan_jax.train_step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest `keep` are kept."""
+
+    def __init__(self, workdir: Path, *, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, *, data: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; training goes on meanwhile."""
+        rest = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            ema=ocp.args.StandardSave(state.ema),
+            rest=ocp.args.StandardSave(rest),
+            data=ocp.args.JsonSave(data),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, in the shapes and shardings of `abstract`, and the data position."""
+        rest = {"step": abstract.step, "skipped": abstract.skipped, "opt_state": abstract.opt_state}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            ema=ocp.args.StandardRestore(abstract.ema),
+            rest=ocp.args.StandardRestore(rest),
+            data=ocp.args.JsonRestore(),
+        )
+        found = self._manager.restore(self.latest(), args=items)
+        return TrainState(params=found.params, ema=found.ema, **found.rest), found.data
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def write_model(workdir: Path, model: dict[str, Any]) -> None:
+    """Says beside the checkpoints what they are; an existing other model is a `UserError`."""
+    path = workdir / "model.json"
+    if path.exists() and (there := json.loads(path.read_text())) != json.loads(json.dumps(model)):
+        changed = sorted(key for key in there.keys() | model.keys() if there.get(key) != json.loads(json.dumps(model)).get(key))
+        raise UserError(f"{workdir} holds checkpoints of another model: its {', '.join(changed)} differs. Choose another --workdir, or the config it was made with.")
+    write_json(path, model)
+
+
+def read_model(workdir: Path) -> dict[str, Any]:
+    """What the checkpoints in `workdir` are. Raises `UserError` where there are none."""
+    try:
+        return json.loads((workdir / "model.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} holds no training run: model.json is missing. Give the --workdir of a run of hunyuan_jax.train.") from None
+    except ValueError as error:
+        raise UserError(f"{workdir / 'model.json'} cannot be read: {error}.") from error
+
+
+def load_params(workdir: Path, abstract: Params, *, weights: str = "ema") -> tuple[Params, int]:
+    """The `ema` or `params` of the newest checkpoint, and its step, in the shapes and shardings of `abstract`."""
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} has no checkpoint yet: {workdir / 'checkpoints'} is missing. Train first.")
+    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{workdir} has no finished checkpoint yet. Train first; a run saves every train.checkpoint_every steps.")
+        items = ocp.args.Composite(**{weights: ocp.args.StandardRestore(abstract)})
+        try:
+            return manager.restore(step, args=items)[weights], step
+        except (ValueError, KeyError) as error:
+            raise UserError(f"The checkpoint in {workdir} is of another model than its model.json says: {str(error)[:300]}") from error
+
+
+def abstract_like(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)

@@ -1,0 +1,127 @@
+"""What stands between the world and the DiT: the VAE for frames and the text tower for prompts, kept as one folder.
+
+    FOLDER/vae/        config.json and weights in the released layout; its scaling_factor brings latents to unit variance
+    FOLDER/text.json   the tower's sizes, its seed, the template and the number of tokens kept
+
+Encoding writes the codec beside the latents, training copies it beside its checkpoints, and generation reads it there: a model
+is never used with another codec than the one it was trained on.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+from hunyuan_jax import convert
+from hunyuan_jax.data.dataset import sha256_of, write_json
+from hunyuan_jax.data.records import TextStates
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.text_encoders import TextTower, TextTowerConfig
+from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
+from hunyuan_jax.settings import build
+
+BOS, EOS, PAD = 256, 257, 258  # the byte tokenizer's ids above the 256 bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How a prompt is encoded: `template` with one `{}` for the prompt, tokenised as bytes, through a tower.
+
+    The tower reads the whole template; the states of what stands before the prompt are cut off, and at most `max_tokens` of the
+    rest are kept, the end-of-text token included where it fits. Weights are random, by `seed`.
+    """
+
+    tower: Mapping[str, Any]
+    template: str
+    max_tokens: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.template.count("{}") != 1 or self.max_tokens < 1:
+            raise UserError(f"text: the template needs exactly one {{}} and max_tokens at least 1, not {self.template!r}, {self.max_tokens}.")
+        if self.tower_config.vocab_size <= PAD:
+            raise UserError(f"text: the byte tokenizer needs a vocabulary of {PAD + 1}, not {self.tower_config.vocab_size}.")
+
+    @property
+    def tower_config(self) -> TextTowerConfig:
+        return build(TextTowerConfig, self.tower, where="text.tower")
+
+    @property
+    def crop_start(self) -> int:
+        """Tokens that stand before the prompt."""
+        return 1 + len(self.template.split("{}")[0].encode())
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, L] and their mask, padded on the right to crop_start + max_tokens and cut there."""
+        length = self.crop_start + self.max_tokens
+        tokens, mask = np.full((len(prompts), length), PAD, np.int32), np.zeros((len(prompts), length), bool)
+        before, after = self.template.split("{}")
+        for row, prompt in enumerate(prompts):
+            ids = [BOS, *(before + prompt + after).encode(errors="replace"), EOS][:length]
+            tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+        return tokens, mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """A VAE and a text tower, ready to use."""
+
+    vae: VAEConfig
+    vae_params: Any
+    text: TextConfig
+
+    @functools.cached_property
+    def text_params(self) -> Any:
+        tokens, mask = self.text.tokenize(["a"])
+        return jax.jit(TextTower(self.text.tower_config).init)(jax.random.key(self.text.seed), tokens, mask)["params"]
+
+    @functools.cached_property
+    def _tower(self) -> Any:
+        return jax.jit(lambda params, tokens, mask: TextTower(self.text.tower_config).apply({"params": params}, tokens, mask))
+
+    def encode_prompts(self, prompts: Sequence[str], *, batch: int = 64) -> list[TextStates]:
+        """The text states of prompts: the valid tokens after the crop, and the state of the last one as the pooled vector."""
+        out: list[TextStates] = []
+        for start in range(0, len(prompts), batch):
+            group = list(prompts[start : start + batch])
+            padded = group + [""] * (batch - len(group))  # one shape, one compilation
+            tokens, mask = self.text.tokenize(padded)
+            states = np.asarray(self._tower(self.text_params, tokens, mask)).astype(ml_dtypes.bfloat16)
+            for prompt, row, valid in zip(group, states, mask.sum(axis=1), strict=False):
+                out.append(TextStates(prompt=prompt, txt=row[self.text.crop_start : valid], pooled=row[valid - 1]))
+        return out
+
+    def encode_frames(self, frames: Float[Array, "B T H W 3"]) -> Posterior:
+        return VAE(self.vae).apply({"params": self.vae_params}, frames, method="encode")
+
+    def decode(self, latents: Float[Array, "B T Y X C"]) -> Float[Array, "B T2 H W 3"]:
+        """Frames in [-1, 1], not clipped, of scaled latents, as the DiT makes them."""
+        return VAE(self.vae).apply({"params": self.vae_params}, latents / self.vae.scaling_factor, method="decode")
+
+    def save(self, folder: Path) -> None:
+        convert.save_vae(folder / "vae", self.vae, self.vae_params)
+        write_json(folder / "text.json", dataclasses.asdict(self.text) | {"tower": dict(self.text.tower)})
+
+    def fingerprint(self, folder: Path) -> dict[str, str]:
+        """What identifies the codec saved in `folder`."""
+        return {"vae": sha256_of(folder / "vae" / convert.VAE_WEIGHTS), "text": sha256_of(folder / "text.json")}
+
+
+def load_codec(folder: Path) -> Codec:
+    """The codec in `folder`. Raises `UserError` where there is none or it cannot be read."""
+    try:
+        text = json.loads((folder / "text.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no codec: text.json is missing. Run data_prep.encode, or give the folder it wrote.") from None
+    except ValueError as error:
+        raise UserError(f"{folder / 'text.json'} cannot be read: {error}.") from error
+    vae, params = convert.load(folder / "vae", component="vae")
+    return Codec(vae, jax.tree.map(jnp.asarray, params), build(TextConfig, text, where="text"))

@@ -1,0 +1,60 @@
+"""Where arrays live: the table of parameters by path, and the sharding of batches.
+
+Each row of `PARAM_RULES` gives, for parameters whose path matches, the mesh axis of each dimension, the last dimensions
+first to be read from the right: a leading axis of scanned layers is never sharded. A matrix is sharded over `tensor` along the
+side that is split between heads or hidden units and over `fsdp` along the other. An axis that does not divide its dimension
+leaves it whole. There is no row that catches all: a parameter without a rule is an error.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# (pattern of the path, axes of the last dimensions)
+PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # The DiT: matrices that widen or project into heads, matrices that come back, and what is small.
+    (r"(attn_qkv|fc1|linear1|in_layer|mlp_0|linear_1|input_embedder|modulation_1|(img|txt)_mod/linear|modulation/linear)/kernel$", ("fsdp", "tensor")),
+    (r"(attn_proj|fc2|linear2|out_layer|mlp_2|linear_2)/kernel$", ("tensor", "fsdp")),
+    (r"(img_in/proj|final_layer/linear)/kernel$", (None, "fsdp")),
+    (r"(norm\d?|q_norm|k_norm)/(scale|weight|bias)$", (None,)),
+    (r"(attn_qkv|attn_proj|fc1|fc2|linear\d?|in_layer|out_layer|mlp_\d|linear_\d|input_embedder|modulation_1|img_in/proj)/bias$", (None,)),
+    # The VAE: convolutions over their output channels, attention over either side.
+    (r"(conv|conv_in|conv_out|quant_conv)/kernel$", (None, None, None, None, "fsdp")),
+    (r"to_(q|k|v|out_0)/kernel$", ("fsdp", "tensor")),
+    (r"(conv|quant_conv|to_q|to_k|to_v|to_out_0|group_norm|conv_norm_out)/(bias|scale)$", (None,)),
+)
+
+
+def path_of(path: Any) -> str:
+    """A pytree path as names joined by `/`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def rule_for(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The mesh axis of each dimension of the parameter at `path`; KeyError where no rule matches."""
+    for pattern, axes in PARAM_RULES:
+        if re.search(pattern, path):
+            return (None,) * (len(shape) - len(axes)) + axes[max(0, len(axes) - len(shape)) :]
+    raise KeyError(f"No sharding rule for {path} of shape {shape}; add one to PARAM_RULES.")
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """A sharding for every leaf of a tree of parameters or of anything shaped like them."""
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        axes = rule_for(path_of(path), leaf.shape)
+        fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*fitting))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,64 @@
+"""The door between configuration files and code: a ConfigDict section becomes one frozen dataclass, or one clear error.
+
+A key that the dataclass does not have is a `UserError` that names the nearest right one; nothing is ignored and nothing is
+filled in silently. Below this door no code sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+
+from hunyuan_jax.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The hint that ends an error about an unknown name: the nearest known one, or the list of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
+
+
+def build(kind: type[Settings], section: Mapping[str, Any], *, where: str) -> Settings:
+    """`kind(**section)`, where an unknown or a missing key is a `UserError` naming `where`, the key and the nearest right one."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in section:
+        if key not in fields:
+            raise UserError(f"Configuration {where}.{key} is not known. {nearest(key, list(fields))}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in section:
+            raise UserError(f"Configuration {where}.{name} is missing; set it in the config file.")
+    try:
+        return kind(**{key: _plain(value) for key, value in section.items()})
+    except TypeError as error:
+        raise UserError(f"Configuration {where} has a value of the wrong type: {error}.") from error
+
+
+def _plain(value: Any) -> Any:
+    """Lists of a ConfigDict become tuples, nested sections plain dicts."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def parse_flags(argv: list[str], *, required: Sequence[str]) -> None:
+    """Reads the command line; what is misspelt there, also inside the config, is a `UserError` with the nearest right name."""
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"A --config.KEY=VALUE names a key that the config does not have: {str(error).strip(chr(34))}") from error
+    except (FileNotFoundError, ImportError, SyntaxError) as error:
+        raise UserError(f"The config file cannot be loaded: {error}") from error
+    if len(rest) > 1:
+        raise UserError(f"Arguments {rest[1:]} were not understood; options begin with --.")
+    for name in required:
+        if flags.FLAGS[name].value is None:
+            raise UserError(f"--{name} is missing.")

@@ -1,0 +1,170 @@
+"""Text to video, and to images: flow matching of latents under a prompt. Paper section 4.6.
+
+    latents = scaling_factor * z,  z ~ the VAE's posterior;   a tenth of the prompts is replaced by the empty one, so that the
+    loss = mean |DiT(x_t, t, prompt) - (noise - latents)|^2    model also learns the velocity that two-pass guidance leaves from
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from hunyuan_jax import flow
+from hunyuan_jax.codec import Codec, load_codec
+from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.dataset import Dataset
+from hunyuan_jax.data.transforms import pad_texts, to_uint8
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.sampling import SamplingConfig, euler, guided, time_grid
+from hunyuan_jax.settings import build
+from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
+
+MEASURED_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T2VLossConfig:
+    """How times are drawn, how often the prompt is dropped, and whether latents are drawn from the posterior or are its mean."""
+
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
+    text_dropout: float = 0.1
+    sample_posterior: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.text_dropout <= 1.0:
+            raise UserError(f"loss: text_dropout must lie in [0, 1], not {self.text_dropout}.")
+
+    @property
+    def time(self) -> flow.TimeConfig:
+        return flow.TimeConfig(mean=self.time_mean, std=self.time_std, shift=self.time_shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text side of a batch of prompts, as the DiT takes it."""
+
+    txt: Float[Array, "B L D"]
+    mask: Bool[Array, "B L"]
+    pooled: Float[Array, "B P"]
+
+    def dropped(self, where: Bool[Array, "B"], null: "Text") -> "Text":
+        """The empty prompt in the rows that `where` marks; `null` has one row."""
+        return Text(
+            jnp.where(where[:, None, None], null.txt, self.txt),
+            jnp.where(where[:, None], null.mask, self.mask),
+            jnp.where(where[:, None], null.pooled, self.pooled),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class T2VTask:
+    model: DiTConfig
+    loss_config: T2VLossConfig
+    sampling: SamplingConfig
+    codec: Codec
+    codec_fingerprint: dict[str, str]
+    text_length: int
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, dataset: Dataset) -> "T2VTask":
+        model = build(DiTConfig, config.model, where="model")
+        folder = dataset.folder / "codec"
+        codec = load_codec(folder)
+        width = codec.text.tower_config.width
+        if (model.text_dim, model.pooled_dim, model.in_channels) != (width, width, codec.vae.latent_channels):
+            raise UserError(
+                f"model: text_dim, pooled_dim and in_channels are {model.text_dim}, {model.pooled_dim} and {model.in_channels}, but the "
+                f"latents in {dataset.folder} were encoded with {width}, {width} and {codec.vae.latent_channels}; set them alike."
+            )
+        loss, sampling = build(T2VLossConfig, config.loss, where="loss"), build(SamplingConfig, config.sampling, where="sampling")
+        return cls(model, loss, sampling, codec, codec.fingerprint(folder), config.data.text_length)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "task": "t2v",
+            "model": dataclasses.asdict(self.model),
+            "sampling": dataclasses.asdict(self.sampling),
+            "text_length": self.text_length,
+            "codec": self.codec_fingerprint,
+        }
+
+    def keep_beside(self, workdir: Path) -> None:
+        self.codec.save(workdir / "codec")
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        m = self.model
+        latents = jnp.zeros((1, *m.patch_size, m.in_channels))
+        txt, mask = jnp.zeros((1, 1, m.text_dim)), jnp.ones((1, 1), bool)
+        guidance = jnp.ones(1) if m.guidance_embed else None
+        return DiT(m).init(key, latents, jnp.ones(1), txt, mask, jnp.zeros((1, m.pooled_dim)), guidance)["params"]
+
+    def text_of(self, batch: VideoBatch) -> Text:
+        return Text(batch.txt, batch.txt_mask, batch.pooled)
+
+    def null_text(self) -> Text:
+        """The empty prompt, one row."""
+        return Text(*pad_texts(self.codec.encode_prompts([""]), length=self.text_length))
+
+    def velocity(self, params: Params, x: Float[Array, "B T Y X C"], t: Float[Array, "B"], text: Text) -> Float[Array, "B T Y X C"]:
+        guidance = jnp.full_like(t, self.sampling.guidance) if self.model.guidance_embed else None
+        return DiT(self.model).apply({"params": params}, x, t, text.txt, text.mask, text.pooled, guidance)
+
+    def latents(self, batch: VideoBatch, keys: PRNGKeyArray) -> Float[Array, "B T Y X C"]:
+        """Scaled latents of a batch, from the posterior where the loss says so."""
+        z = batch.mean
+        if self.loss_config.sample_posterior:
+            z = z + jnp.exp(0.5 * batch.logvar) * normal_like(keys, z)
+        return z * self.codec.vae.scaling_factor
+
+    def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        keys = jax.vmap(lambda k: jax.random.split(k, 4), out_axes=1)(sample_keys(key, batch))
+        drop = jax.vmap(lambda k: jax.random.uniform(k) < self.loss_config.text_dropout)(keys[0])
+        text = self.text_of(batch).dropped(drop, self.null_text())
+        losses = self._flow_loss(params, batch, flow.draw_times(keys[1], self.loss_config.time), text, keys[2], keys[3])
+        return jnp.mean(losses), {}
+
+    def _flow_loss(
+        self, params: Params, batch: VideoBatch, t: Float[Array, "B"], text: Text, posterior_keys: PRNGKeyArray, noise_keys: PRNGKeyArray
+    ) -> Float[Array, "B"]:
+        data = self.latents(batch, posterior_keys)
+        noise = normal_like(noise_keys, data)
+        predicted = self.velocity(params, flow.at_time(data, noise, t), t, text)
+        return flow.flow_loss(predicted, flow.velocity(data, noise))
+
+    def flow_loss_at(self, params: Params, batch: VideoBatch, time: float, *, key: PRNGKeyArray) -> Float[Array, "B"]:
+        """The loss of each sample at one time, with the prompt; the same noise for the same key and sample."""
+        keys = jax.vmap(lambda k: jax.random.split(k, 2), out_axes=1)(sample_keys(key, batch))
+        t = jnp.full(batch.sample_id.shape, time)
+        return self._flow_loss(params, batch, t, self.text_of(batch), keys[0], keys[1])
+
+    def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
+        """The flow loss of each sample, averaged over fixed times."""
+        return {"flow_loss": sum(self.flow_loss_at(params, batch, t, key=key) for t in MEASURED_TIMES) / len(MEASURED_TIMES)}
+
+    def sample(
+        self, params: Params, text: Text, noise: Float[Array, "B T Y X C"], *, null: Text, sampling: SamplingConfig
+    ) -> Float[Array, "B T2 H W 3"]:
+        """Frames from noise: Euler steps along the guided velocity, then the VAE's decoder."""
+        rows = len(noise)
+        empty = Text(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (null.txt, null.mask, null.pooled)))
+        velocity = guided(
+            lambda x, t: self.velocity(params, x, t, text), lambda x, t: self.velocity(params, x, t, empty), scale=sampling.cfg_scale
+        )
+        return self.codec.decode(euler(velocity, noise, time_grid(sampling.steps, shift=sampling.shift)))
+
+    def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
+        """Held-out clips as the VAE sees them, and below them what the model makes of their prompts."""
+        noise = normal_like(sample_keys(key, batch), batch.mean)
+        null = self.null_text()
+        sample = jax.jit(lambda params, text, noise: self.sample(params, Text(*text), noise, null=null, sampling=self.sampling))
+        made = sample(params, (batch.txt, batch.txt_mask, batch.pooled), noise)
+        real = jax.jit(self.codec.decode)(batch.mean * self.codec.vae.scaling_factor)
+        return {"held_out": to_uint8(np.asarray(real)), "generated": to_uint8(np.asarray(made))}

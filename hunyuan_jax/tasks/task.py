@@ -1,0 +1,50 @@
+"""What a task is: a way to initialise parameters, a loss, metrics on held-out data, and a preview."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.dataset import Dataset
+
+Params = Any
+
+
+class Task(Protocol):
+    """The interface that `train.py` runs; tasks are pure, all state lives in the training state."""
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, dataset: Dataset) -> "Task":
+        """The task from its sections of a config; raises `UserError` for what cannot be."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the parameters mean, as JSON values: kept beside checkpoints, compared on resume, read by `generate`."""
+
+    def keep_beside(self, workdir: Path) -> None:
+        """Writes beside the checkpoints what using the parameters takes besides them."""
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Fresh parameters, float32."""
+
+    def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The loss of a batch and what is logged beside it."""
+
+    def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
+        """Metrics of each held-out sample."""
+
+    def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
+        """Named videos, uint8 [N T H W 3], that show what the parameters can do; always the same for the same key."""
+
+
+def sample_keys(key: PRNGKeyArray, batch: VideoBatch) -> PRNGKeyArray:
+    """One key for each sample, by its id: the noise of a sample does not depend on where in a batch it stands."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.sample_id)
+
+
+def normal_like(keys: PRNGKeyArray, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Standard normal noise in the shape of `x`, a key for each sample."""
+    return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)

@@ -1,0 +1,240 @@
+"""Trains any task: `python -m hunyuan_jax.train --config=configs/quickstart.py:vae --workdir DIR`.
+
+The recipe in time order: configuration, mesh, data, task, state, restore, loop. Run again with the same arguments it continues
+from the newest checkpoint, with the same samples and the same noise as if it had never stopped; a finished run says so.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from clu import parameter_overview
+from ml_collections import ConfigDict, config_flags
+
+from hunyuan_jax import metrics
+from hunyuan_jax.checkpoint import Checkpoints, abstract_like, write_model
+from hunyuan_jax.data import loader
+from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.data.dataset import write_json
+from hunyuan_jax.errors import UserError, run_command
+from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+from hunyuan_jax.settings import build, parse_flags
+from hunyuan_jax.tasks import make_task
+from hunyuan_jax.tasks.task import Task
+from hunyuan_jax.train_step import EmaConfig, TrainState, init_state, make_step
+from hunyuan_jax.video_io import write_video
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long the loop runs and how often it does what; 0 means never."""
+
+    steps: int
+    log_every: int = 10
+    checkpoint_every: int = 500
+    measure_every: int = 0
+    measure_samples: int = 64
+    preview_every: int = 0
+    preview_samples: int = 8
+    preview_fps: float = 6.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.checkpoint_every < 1 or self.log_every < 1:
+            raise UserError("train: steps, log_every and checkpoint_every must be at least 1.")
+
+
+SECTIONS = ("task", "seed", "data", "optimizer", "ema", "mesh", "train")
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Runs the training that `config` describes in `workdir`, from its newest checkpoint if there is one."""
+    for key in SECTIONS:
+        if key not in config:
+            raise UserError(f"The configuration has no section {key!r}; every training config has {', '.join(SECTIONS)}.")
+    loop = build(LoopConfig, config.train, where="train")
+    optimizer_config = build(OptimizerConfig, config.optimizer, where="optimizer")
+    ema_config = build(EmaConfig, config.ema, where="ema")
+    data_config = build(loader.DataConfig, config.data, where="data")
+    buckets = [build(Bucket, section, where=f"data.buckets[{i}]") for i, section in enumerate(data_config.buckets)]
+
+    mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"))
+    dataset = loader.open_for_training(data_config)
+    schedule = loader.training_schedule(data_config, dataset, buckets=buckets, seed=config.seed)
+    task = make_task(config, dataset)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_model(workdir, task.describe())
+    task.keep_beside(workdir)
+    write_json(workdir / "config.json", config.to_dict())
+    write_json(workdir / "environment.json", metrics.environment())
+
+    optimizer = make_optimizer(optimizer_config)
+    key = jax.random.key(config.seed)
+    with jax.set_mesh(mesh):
+        state = make_state(task, optimizer, key=key, mesh=mesh)
+        checkpoints = Checkpoints(workdir, keep=loop.keep)
+        batches = loader.Loader(data_config, schedule, dataset, sharding=batch_sharding(mesh), steps=loop.steps)
+        if checkpoints.latest() is not None:
+            state, position = checkpoints.restore(abstract_like(state))
+            batches.restore(position)
+        start = int(state.step)
+        if start >= loop.steps:
+            logging.info("%s: all %d steps are done", workdir, loop.steps)
+            return
+        if start == 0:
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            logging.info("Parameters:\n%s", overview)
+            (workdir / "parameters.txt").write_text(overview + "\n")
+
+        step_fn = jax.jit(make_step(task, optimizer, ema=ema_config, key=key), donate_argnums=0)
+        held_out = HeldOut(task, data_config, dataset, [b for b in buckets if b.share > 0], loop=loop, key=key, workdir=workdir)
+        writer = metrics.MetricWriter(workdir, start_step=start)
+        writer.write_texts(start, {"config": f"```\n{config}\n```"})
+        bar = metrics.progress(loop.steps, start)
+        learning_rate = make_schedule(optimizer_config)
+        throughput = metrics.Throughput()
+        log = MetricLog([b.name for b in buckets])
+
+        for number in range(start, loop.steps):
+            batch = next(batches)
+            state, values = step_fn(state, batch)
+            log.add(schedule.step(number).bucket, values)
+            throughput.add(len(batch.sample_id))
+            done = number + 1
+            bar.update()
+            if done % loop.log_every == 0 or done == loop.steps:
+                scalars = log.take() | {"learning_rate": float(learning_rate(number)), "samples_per_second": throughput.rate()}
+                writer.write_scalars(done, scalars)
+                bar.set_postfix_str(metrics.format_line(done, {k: scalars[k] for k in ("loss", "samples_per_second")}), refresh=False)
+            if _due(done, loop.measure_every, loop.steps):
+                scalars = held_out.measure(state)
+                writer.write_scalars(done, scalars)
+                bar.write(metrics.format_line(done, scalars))
+            if _due(done, loop.preview_every, loop.steps):
+                writer.write_videos(done, held_out.preview(state, done), fps=loop.preview_fps)
+            if _due(done, loop.checkpoint_every, loop.steps):
+                writer.flush()
+                checkpoints.save(done, state, data=batches.state())
+        bar.close()
+        checkpoints.wait()
+        checkpoints.close()
+        writer.close()
+    logging.info("%s: trained to step %d", workdir, loop.steps)
+
+
+def _due(done: int, every: int, last: int) -> bool:
+    return every > 0 and (done % every == 0 or done == last)
+
+
+def make_state(task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding.Mesh) -> TrainState:
+    """The initial state, made in place on the mesh: parameters, optimizer and average sharded alike."""
+    init = lambda: init_state(task.init(jax.random.fold_in(key, 0x1417)), optimizer)  # noqa: E731
+    shapes = jax.eval_shape(init)
+    shardings = state_shardings(shapes, mesh)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Parameters by their table; what the optimizer keeps for a parameter like that parameter; counters everywhere."""
+    by_params = param_shardings(state.params, mesh)
+    structure = jax.tree.structure(state.params)
+
+    def place(node: Any) -> Any:
+        if jax.tree.structure(node) == structure:
+            return by_params
+        return jax.tree.map(lambda _: replicated(mesh), node)
+
+    opt_state = jax.tree.map(place, state.opt_state, is_leaf=lambda n: jax.tree.structure(n) == structure)
+    whole = replicated(mesh)
+    return TrainState(step=whole, skipped=whole, params=by_params, ema=by_params, opt_state=opt_state)
+
+
+class MetricLog:
+    """Averages of what steps return, overall and by bucket; values stay on the device until they are taken."""
+
+    def __init__(self, buckets: Sequence[str]) -> None:
+        self._buckets = buckets
+        self._values: list[tuple[int, dict[str, jax.Array]]] = []
+
+    def add(self, bucket: int, values: dict[str, jax.Array]) -> None:
+        self._values.append((bucket, values))
+
+    def take(self) -> dict[str, float]:
+        """The averages since the last call."""
+        rows = [(bucket, {k: float(v) for k, v in values.items()}) for bucket, values in jax.device_get(self._values)]
+        self._values = []
+        out = {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
+        out["skipped"] = rows[-1][1]["skipped"]
+        for bucket in sorted({bucket for bucket, _ in rows}):
+            out[f"loss/{self._buckets[bucket]}"] = float(np.mean([row["loss"] for b, row in rows if b == bucket]))
+        return out
+
+
+class HeldOut:
+    """What is asked of the averaged weights while they train: metrics of held-out clips, and previews."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: loader.DataConfig,
+        dataset: Any,
+        buckets: Sequence[Bucket],
+        *,
+        loop: LoopConfig,
+        key: jax.Array,
+        workdir: Path,
+    ):
+        self._task, self._key, self._loop, self._folder = task, jax.random.fold_in(key, 0xE7A1), loop, workdir / "previews"
+        self._measure = jax.jit(lambda params, batch: task.measure(params, batch, key=self._key))
+        self._batches: dict[str, list[VideoBatch]] = {}
+        if loop.measure_every:
+            self._batches = {b.name: loader.held_out_batches(config, dataset, b, limit=loop.measure_samples) for b in buckets}
+        self._shown: VideoBatch | None = None
+        if loop.preview_every:
+            longest = max(buckets, key=lambda b: (b.frames, b.height * b.width))
+            shown = loader.held_out_batches(config, dataset, dataclasses.replace(longest, batch=loop.preview_samples), limit=loop.preview_samples)
+            if not shown:
+                raise UserError("No held-out clip is left for previews; raise data.held_out, add clips, or set train.preview_every to 0.")
+            self._shown = shown[0]
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Means over the held-out samples of each bucket, as `held_out/METRIC/BUCKET`."""
+        out = {}
+        for name, batches in self._batches.items():
+            rows = [jax.device_get(self._measure(state.ema, jax.tree.map(jnp.asarray, batch))) for batch in batches]
+            for metric in rows[0] if rows else ():
+                out[f"held_out/{metric.removesuffix('_db')}/{name}" + ("_db" if metric.endswith("_db") else "")] = float(
+                    np.mean(np.concatenate([row[metric] for row in rows]))
+                )
+        return out
+
+    def preview(self, state: TrainState, done: int) -> dict[str, np.ndarray]:
+        """The task's preview of the averaged weights, also written as one mp4 with the clips side by side."""
+        videos = self._task.preview(state.ema, jax.tree.map(jnp.asarray, self._shown), key=self._key)
+        self._folder.mkdir(exist_ok=True)
+        if jax.process_index() == 0:
+            wide = np.concatenate([np.concatenate(list(clips), axis=2) for clips in videos.values()], axis=1)
+            write_video(self._folder / f"step_{done:08d}.mp4", wide, fps=self._loop.preview_fps)
+        return videos
+
+
+def main(argv: list[str]) -> None:
+    config = config_flags.DEFINE_config_file("config", None, "Training configuration, such as configs/quickstart.py:vae.", lock_config=True)
+    workdir = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
+    parse_flags(argv, required=("config", "workdir"))
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    train(config.value, Path(workdir.value))
+
+
+if __name__ == "__main__":
+    run_command(main)
