@@ -1,18 +1,22 @@
 """Flow matching, the theory on one page. Paper section 4.6.1; signs and times as in the released code.
 
-    x_t = (1 - t) data + t noise            t = 1 is noise, t = 0 is data
-    velocity = dx/dt = noise - data         what the model predicts
-    loss = mean (model(x_t, t) - velocity)^2,  t = shift(sigmoid(n), s),  n ~ N(mean, std)
-    shift(t, s) = s t / (1 + (s - 1) t)     s > 1 spends more of the time near noise, as large videos need
+x_t = (1 - t) data + t noise            t = 1 is noise, t = 0 is data
+velocity = dx/dt = noise - data         what the model predicts
+loss = mean (model(x_t, t) - velocity)^2,  t = shift(sigmoid(n), s),  n ~ N(mean, std)
+shift(t, s) = s t / (1 + (s - 1) t)     s > 1 spends more of the time near noise, as large videos need
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hunyuan_jax.errors import UserError
+
+Times = TypeVar("Times", Float[Array, "*S"], Float[np.ndarray, "*S"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class TimeConfig:
             raise UserError(f"time: std must be at least 0 and shift above 0, not {self.std} and {self.shift}.")
 
 
-def shift_time(t: Float[Array, "*S"], shift: float) -> Float[Array, "*S"]:
+def shift_time(t: Times, shift: float) -> Times:
     """Moves times in [0, 1] towards 1 for shift > 1; 0 and 1 stay."""
     return shift * t / (1.0 + (shift - 1.0) * t)
 

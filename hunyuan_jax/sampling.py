@@ -31,7 +31,7 @@ class SamplingConfig:
 
 def time_grid(steps: int, *, shift: float) -> np.ndarray:
     """steps + 1 times from 1 (noise) to 0 (data), float32: an even grid, shifted."""
-    return np.asarray(shift_time(jnp.linspace(1.0, 0.0, steps + 1), shift), np.float32)
+    return shift_time(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
 
 
 def guided(conditional: VelocityFn, unconditional: VelocityFn, *, scale: float) -> VelocityFn:

@@ -1,10 +1,11 @@
 """Text to video, and to images: flow matching of latents under a prompt. Paper section 4.6.
 
-    latents = scaling_factor * z,  z ~ the VAE's posterior;   a tenth of the prompts is replaced by the empty one, so that the
-    loss = mean |DiT(x_t, t, prompt) - (noise - latents)|^2    model also learns the velocity that two-pass guidance leaves from
+latents = scaling_factor * z,  z ~ the VAE's posterior;   a tenth of the prompts is replaced by the empty one, so that the
+loss = mean |DiT(x_t, t, prompt) - (noise - latents)|^2    model also learns the velocity that two-pass guidance leaves from
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,22 @@ class Text:
         )
 
 
+def encode_texts(codec: Codec, prompts: Sequence[str], *, length: int) -> Text:
+    """Prompts through the text tower, padded to `length` tokens."""
+    return Text(*pad_texts(codec.encode_prompts(prompts), length=length))
+
+
 @dataclasses.dataclass(frozen=True)
 class T2VTask:
+    """`null` is the empty prompt, one row: encoded once, before anything is traced."""
+
     model: DiTConfig
     loss_config: T2VLossConfig
     sampling: SamplingConfig
     codec: Codec
     codec_fingerprint: dict[str, str]
-    text_length: int
+    null: Text
+    video: dict[str, Any]  # what is generated where nothing else is asked for: frames, height, width, interval, fps
 
     @classmethod
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "T2VTask":
@@ -85,14 +94,16 @@ class T2VTask:
                 f"latents in {dataset.folder} were encoded with {width}, {width} and {codec.vae.latent_channels}; set them alike."
             )
         loss, sampling = build(T2VLossConfig, config.loss, where="loss"), build(SamplingConfig, config.sampling, where="sampling")
-        return cls(model, loss, sampling, codec, codec.fingerprint(folder), config.data.text_length)
+        null = encode_texts(codec, [""], length=config.data.text_length)
+        return cls(model, loss, sampling, codec, codec.fingerprint(folder), null, config.video.to_dict())
 
     def describe(self) -> dict[str, Any]:
         return {
             "task": "t2v",
             "model": dataclasses.asdict(self.model),
             "sampling": dataclasses.asdict(self.sampling),
-            "text_length": self.text_length,
+            "text_length": self.null.txt.shape[1],
+            "video": self.video,
             "codec": self.codec_fingerprint,
         }
 
@@ -109,13 +120,10 @@ class T2VTask:
     def text_of(self, batch: VideoBatch) -> Text:
         return Text(batch.txt, batch.txt_mask, batch.pooled)
 
-    def null_text(self) -> Text:
-        """The empty prompt, one row."""
-        return Text(*pad_texts(self.codec.encode_prompts([""]), length=self.text_length))
-
     def velocity(self, params: Params, x: Float[Array, "B T Y X C"], t: Float[Array, "B"], text: Text) -> Float[Array, "B T Y X C"]:
         guidance = jnp.full_like(t, self.sampling.guidance) if self.model.guidance_embed else None
-        return DiT(self.model).apply({"params": params}, x, t, text.txt, text.mask, text.pooled, guidance)
+        velocity: Array = DiT(self.model).apply({"params": params}, x, t, text.txt, text.mask, text.pooled, guidance)  # type: ignore[assignment]
+        return velocity
 
     def latents(self, batch: VideoBatch, keys: PRNGKeyArray) -> Float[Array, "B T Y X C"]:
         """Scaled latents of a batch, from the posterior where the loss says so."""
@@ -127,7 +135,7 @@ class T2VTask:
     def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         keys = jax.vmap(lambda k: jax.random.split(k, 4), out_axes=1)(sample_keys(key, batch))
         drop = jax.vmap(lambda k: jax.random.uniform(k) < self.loss_config.text_dropout)(keys[0])
-        text = self.text_of(batch).dropped(drop, self.null_text())
+        text = self.text_of(batch).dropped(drop, self.null)
         losses = self._flow_loss(params, batch, flow.draw_times(keys[1], self.loss_config.time), text, keys[2], keys[3])
         return jnp.mean(losses), {}
 
@@ -147,14 +155,15 @@ class T2VTask:
 
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
         """The flow loss of each sample, averaged over fixed times."""
-        return {"flow_loss": sum(self.flow_loss_at(params, batch, t, key=key) for t in MEASURED_TIMES) / len(MEASURED_TIMES)}
+        losses = [self.flow_loss_at(params, batch, t, key=key) for t in MEASURED_TIMES]
+        return {"flow_loss": jnp.mean(jnp.stack(losses), axis=0)}
 
     def sample(
-        self, params: Params, text: Text, noise: Float[Array, "B T Y X C"], *, null: Text, sampling: SamplingConfig
+        self, params: Params, text: Text, noise: Float[Array, "B T Y X C"], *, sampling: SamplingConfig
     ) -> Float[Array, "B T2 H W 3"]:
         """Frames from noise: Euler steps along the guided velocity, then the VAE's decoder."""
         rows = len(noise)
-        empty = Text(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (null.txt, null.mask, null.pooled)))
+        empty = Text(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (self.null.txt, self.null.mask, self.null.pooled)))
         velocity = guided(
             lambda x, t: self.velocity(params, x, t, text), lambda x, t: self.velocity(params, x, t, empty), scale=sampling.cfg_scale
         )
@@ -163,8 +172,7 @@ class T2VTask:
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
         """Held-out clips as the VAE sees them, and below them what the model makes of their prompts."""
         noise = normal_like(sample_keys(key, batch), batch.mean)
-        null = self.null_text()
-        sample = jax.jit(lambda params, text, noise: self.sample(params, Text(*text), noise, null=null, sampling=self.sampling))
+        sample = jax.jit(lambda params, text, noise: self.sample(params, Text(*text), noise, sampling=self.sampling))
         made = sample(params, (batch.txt, batch.txt_mask, batch.pooled), noise)
         real = jax.jit(self.codec.decode)(batch.mean * self.codec.vae.scaling_factor)
         return {"held_out": to_uint8(np.asarray(real)), "generated": to_uint8(np.asarray(made))}

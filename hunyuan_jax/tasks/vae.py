@@ -1,6 +1,6 @@
 """Training the causal 3D VAE: L1 between frames and their reconstruction, plus a weak KL. Paper section 4.1.
 
-    loss = mean |decode(z) - frames| + kl_weight * KL(posterior || N(0, 1)) per latent value,  z ~ posterior
+loss = mean |decode(z) - frames| + kl_weight * KL(posterior || N(0, 1)) per latent value,  z ~ posterior
 """
 
 import dataclasses
@@ -65,16 +65,17 @@ class VAETask:
 
     def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         vae = VAE(self.model)
-        posterior = vae.apply({"params": params}, batch.frames, method="encode")
+        posterior: Any = vae.apply({"params": params}, batch.frames, method="encode")
         latents = posterior.sample(normal_like(sample_keys(key, batch), posterior.mean))
-        frames = vae.apply({"params": params}, latents, method="decode")
+        frames: Any = vae.apply({"params": params}, latents, method="decode")
         l1 = jnp.mean(jnp.abs(frames - batch.frames))
         kl = jnp.mean(posterior.kl()) / posterior.mean[0].size
         loss = l1 + self.loss_config.kl_weight * kl
         return loss, {"l1": l1, "kl": kl, "psnr_db": jnp.mean(psnr_db(frames, batch.frames))}
 
     def reconstruct(self, params: Params, frames: Float[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
-        return VAE(self.model).apply({"params": params}, frames)
+        out: Any = VAE(self.model).apply({"params": params}, frames)
+        return out
 
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
         return {"psnr_db": psnr_db(self.reconstruct(params, batch.frames), batch.frames)}

@@ -1,0 +1,168 @@
+"""Prompts to videos: `python -m hunyuan_jax.generate --checkpoint DIR --prompt "a red circle moving left" --output DIR`.
+
+Reads the averaged weights, the codec and the sampling settings from the folder of a training run. `--prompts FILE` takes a text
+file with a prompt a line, or a `.jsonl` file with `{"prompt": ...}` a line, whose other fields are kept in the index. The noise
+of a video comes from the seed and the prompt's number alone, so any part of a list gives the same videos as the whole.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from hunyuan_jax.checkpoint import load_params, read_model
+from hunyuan_jax.codec import load_codec
+from hunyuan_jax.data.captions import clean_text
+from hunyuan_jax.data.dataset import write_json
+from hunyuan_jax.data.transforms import pad_texts, to_uint8
+from hunyuan_jax.errors import UserError, run_command
+from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.sampling import SamplingConfig
+from hunyuan_jax.settings import build, parse_flags
+from hunyuan_jax.tasks.t2v import T2VLossConfig, T2VTask, Text, encode_texts
+from hunyuan_jax.video_io import write_video
+
+MAX_PROMPT_CHARACTERS = 4000
+MAX_PROMPTS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained model as generation needs it."""
+
+    task: T2VTask
+    params: Any
+    step: int
+    video: dict[str, Any]  # frames, height, width and fps it was trained on
+
+
+def load_model(workdir: Path, *, weights: str = "ema") -> Model:
+    """The model in a training run's folder. Raises `UserError` where there is none, or where it is of another task."""
+    said = read_model(workdir)
+    if said.get("task") != "t2v":
+        raise UserError(f"{workdir} is a run of task {said.get('task')!r}; generation needs a run of task 't2v'.")
+    codec = load_codec(workdir / "codec")
+    fingerprint = codec.fingerprint(workdir / "codec")
+    if fingerprint != said["codec"]:
+        raise UserError(f"The codec in {workdir / 'codec'} is not the one the model was trained with; copy it from the latents again.")
+    task = T2VTask(
+        model=build(DiTConfig, said["model"], where="model"),
+        loss_config=T2VLossConfig(),
+        sampling=build(SamplingConfig, said["sampling"], where="sampling"),
+        codec=codec,
+        codec_fingerprint=fingerprint,
+        null=encode_texts(codec, [""], length=said["text_length"]),
+        video=said["video"],
+    )
+    params, step = load_params(workdir, jax.eval_shape(lambda: task.init(jax.random.key(0))), weights=weights)
+    return Model(task, params, step, said["video"])
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Prompts from a file, as dicts with "prompt". Raises `UserError` naming the line that cannot be used."""
+    try:
+        lines = path.read_bytes().decode("utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"The prompt file {path} does not exist.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(_read_prompt(line, where=f"{path}, line {number}", as_json=path.suffix == ".jsonl"))
+    if not rows or len(rows) > MAX_PROMPTS:
+        raise UserError(f"The prompt file {path} holds {len(rows)} prompts; between 1 and {MAX_PROMPTS} are expected.")
+    return rows
+
+
+def _read_prompt(line: str, *, where: str, as_json: bool) -> dict[str, Any]:
+    row: Any = {"prompt": line}
+    if as_json:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: a JSON object was expected ({error}).") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f'{where}: an object with a "prompt" text was expected.')
+    if len(row["prompt"]) > MAX_PROMPT_CHARACTERS:
+        raise UserError(f"{where}: the prompt has {len(row['prompt'])} characters; at most {MAX_PROMPT_CHARACTERS} are allowed.")
+    return {**row, "prompt": clean_text(row["prompt"])}
+
+
+def noise_for(numbers: Sequence[int], shape: tuple[int, ...], *, seed: int) -> jax.Array:
+    """Standard normal noise for prompts by their numbers."""
+    keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(jnp.asarray(numbers, jnp.uint32))
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def generate(model: Model, prompts: Sequence[str], *, sampling: SamplingConfig, seed: int, batch: int, size: tuple[int, int, int]) -> Any:
+    """Yields uint8 frames [T, H, W, 3] for each prompt, in order. `size` is frames, height, width."""
+    task = model.task
+    shape = task.codec.vae.latent_shape(*size)
+    texts = task.codec.encode_prompts(prompts)
+    sample = jax.jit(lambda params, text, noise: task.sample(params, Text(*text), noise, sampling=sampling))
+    for start in range(0, len(prompts), batch):
+        numbers = list(range(start, min(start + batch, len(prompts))))
+        filled = numbers + [numbers[-1]] * (batch - len(numbers))  # one shape, one compilation
+        text = pad_texts([texts[n] for n in filled], length=task.null.txt.shape[1])
+        frames = to_uint8(np.asarray(sample(model.params, text, noise_for(filled, shape, seed=seed))))
+        yield from frames[: len(numbers)]
+
+
+def file_name(number: int, prompt: str) -> str:
+    """A plain file name: the prompt's number and its letters and digits."""
+    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in prompt.lower())
+    return f"{number:04d}-{'-'.join(word for word in words.split('-') if word)[:60] or 'empty'}.mp4"
+
+
+def main(argv: list[str]) -> None:
+    flags.DEFINE_string("checkpoint", None, "Folder of a training run (its --workdir).")
+    flags.DEFINE_string("prompt", None, "One prompt.")
+    flags.DEFINE_string("prompts", None, "A file of prompts: text, or .jsonl with a prompt field.")
+    flags.DEFINE_string("output", None, "Folder for the videos and index.json.")
+    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "The averaged weights, or the last ones.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+    flags.DEFINE_integer("batch", 16, "Prompts sampled at once.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Euler steps; the run's own where not given.")
+    flags.DEFINE_float("shift", None, "Shift of the sampling times.")
+    flags.DEFINE_float("cfg_scale", None, "Strength of two-pass guidance; 1 is a single pass.")
+    flags.DEFINE_list("size", None, "frames,height,width; those of training where not given.")
+    parse_flags(argv, required=("checkpoint", "output"))
+    f = flags.FLAGS
+    if (f.prompt is None) == (f.prompts is None):
+        raise UserError("Give either --prompt or --prompts.")
+    rows = read_prompts(Path(f.prompts)) if f.prompts else [_read_prompt(f.prompt, where="--prompt", as_json=False)]
+    model = load_model(Path(f.checkpoint), weights=f.weights)
+    changed = {name: getattr(f, name) for name in ("steps", "shift", "cfg_scale") if getattr(f, name) is not None}
+    sampling = dataclasses.replace(model.task.sampling, **changed)
+    size = _parse_size(f.size) if f.size else (model.video["frames"], model.video["height"], model.video["width"])
+
+    output = Path(f.output)
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"generate: {len(rows)} videos of {size[0]} frames, {size[1]} x {size[2]}, from step {model.step}, {sampling.steps} Euler steps")
+    videos = generate(model, [row["prompt"] for row in rows], sampling=sampling, seed=f.seed, batch=min(f.batch, len(rows)), size=size)
+    index = []
+    for number, (row, frames) in enumerate(zip(rows, tqdm(videos, total=len(rows), unit="video", dynamic_ncols=True), strict=True)):
+        name = file_name(number, row["prompt"])
+        write_video(output / name, frames, fps=model.video["fps"], crf=12)
+        index.append({**row, "file": name})
+    write_json(output / "index.json", index)
+
+
+def _parse_size(given: Sequence[str]) -> tuple[int, int, int]:
+    try:
+        frames, height, width = (int(part) for part in given)
+    except ValueError:
+        raise UserError(f"--size needs frames,height,width, such as 9,64,64, not {','.join(given)}.") from None
+    return frames, height, width
+
+
+if __name__ == "__main__":
+    run_command(main)
