@@ -1,12 +1,12 @@
 """The shapes world: everything tiny, the same code as the 13B run. The argument picks the part.
 
-    vae                a few more steps for the small VAE that lies in configs/shapes_vae (minutes on 2 CPU cores)
-    vae_from_scratch   the whole training of that VAE (an hour or two on 2 CPU cores)
-    encode             how clips become latents and text states
-    t2v                a small DiT: 9 frames of 64 x 64 pixels, minutes on 2 CPU cores
-    t2v_long           17 frames of 64 x 64 pixels, at most 2 hours on 2 CPU cores
+vae                a few more steps for the small VAE that lies in configs/shapes_vae (minutes on 2 CPU cores)
+vae_from_scratch   the whole training of that VAE (an hour or two on 2 CPU cores)
+encode             how clips become latents and text states
+t2v                a small DiT: 9 frames of 64 x 64 pixels, minutes on 2 CPU cores
+t2v_long           17 frames of 64 x 64 pixels, at most 2 hours on 2 CPU cores
 
-    python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR --config.data.path=LATENTS
+python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR --config.data.path=LATENTS
 """
 
 from ml_collections import ConfigDict
@@ -74,12 +74,13 @@ def _encode(frames: int, interval: int) -> ConfigDict:
                 "seed": 0,
             },
             "prompts": (("short",),),
+            "clips_per_shard": 512,
             "measure_scale": True,
         }
     )
 
 
-def _t2v(frames: int, steps: int) -> ConfigDict:
+def _t2v(frames: int, interval: int, steps: int) -> ConfigDict:
     return ConfigDict(
         {
             "task": "t2v",
@@ -94,6 +95,7 @@ def _t2v(frames: int, steps: int) -> ConfigDict:
                 "num_refiner_blocks": 1,
                 "rope_axes": (8, 12, 12),
             },
+            "video": {"frames": frames, "height": 64, "width": 64, "interval": interval, "fps": 12 / interval},
             "loss": {"text_dropout": 0.1},
             "sampling": {"steps": 20, "shift": 2.0, "cfg_scale": 3.0},
             "data": {
@@ -120,12 +122,24 @@ def _t2v(frames: int, steps: int) -> ConfigDict:
     )
 
 
+def _vae_further(steps: int) -> ConfigDict:
+    """A short continuation of the carried weights, at a low learning rate, on whole clips only."""
+    config = _vae(steps)
+    config.start = "configs/shapes_vae"
+    config.data.buckets = tuple(b for b in config.data.buckets if b["frames"] == 9 and b["height"] == 64)
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_steps = 5
+    config.train.update({"log_every": 5, "checkpoint_every": 20, "measure_every": steps, "preview_every": steps})
+    return config
+
+
 PARTS = {
+    "vae": lambda: _vae_further(40),
     "vae_from_scratch": lambda: _vae(8000),
     "encode": lambda: _encode(9, 2),
     "encode_long": lambda: _encode(17, 1),
-    "t2v": lambda: _t2v(9, 1000),
-    "t2v_long": lambda: _t2v(17, 4000),
+    "t2v": lambda: _t2v(9, 2, 1000),
+    "t2v_long": lambda: _t2v(17, 1, 4000),
 }
 
 

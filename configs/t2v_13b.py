@@ -2,39 +2,77 @@
 
     python -m hunyuan_jax.train --config=configs/t2v_13b.py:STAGE --workdir DIR
 
-STAGE climbs image_256, image_512, video_256, video_360, video_540, video_720; each stage starts from the one before it. The
+STAGE climbs image_256, image_512, video_256, video_360, video_540, video_720; images stay in every stage. The
 model is the same on every rung: 12,810,782,784 parameters without the guidance embedding, which only distillation adds.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-STAGES = ("image_256", "image_512", "video_256", "video_360", "video_540", "video_720")
+# Buckets are (frames, height, width, batch, share of the steps).
+# Resolutions and frame counts are those of the report (section 4.4); it publishes neither batches nor rates, so those are ours.
+STAGES: dict[str, Any] = {
+    "image_256": {"steps": 200_000, "learning_rate": 1e-4, "shift": 1.0, "buckets": ((1, 256, 256, 2048, 1.0),)},
+    "image_512": {"steps": 100_000, "learning_rate": 1e-4, "shift": 1.5, "buckets": ((1, 256, 256, 2048, 1.0), (1, 512, 512, 512, 1.0))},
+    "video_256": {"steps": 100_000, "learning_rate": 5e-5, "shift": 2.0, "buckets": ((1, 256, 256, 2048, 1.0), (65, 256, 256, 256, 4.0))},
+    "video_360": {"steps": 50_000, "learning_rate": 5e-5, "shift": 3.0, "buckets": ((1, 512, 512, 512, 1.0), (129, 352, 640, 128, 4.0))},
+    "video_540": {"steps": 30_000, "learning_rate": 2e-5, "shift": 5.0, "buckets": ((1, 960, 960, 256, 1.0), (129, 544, 960, 64, 4.0))},
+    "video_720": {"steps": 20_000, "learning_rate": 2e-5, "shift": 7.0, "buckets": ((1, 960, 960, 256, 1.0), (129, 720, 1280, 32, 4.0))},
+}
 
 
 def get_config(stage: str = "image_256") -> ConfigDict:
     """The config of one stage of the ladder."""
     if stage not in STAGES:
         raise ValueError(f"configs/t2v_13b.py has the stages {', '.join(STAGES)}, not {stage!r}; write --config=configs/t2v_13b.py:STAGE.")
-    config = ConfigDict()
-    config.stage = stage
-    config.model = ConfigDict(
+    of_stage = STAGES[stage]
+    frames, height, width = of_stage["buckets"][-1][:3]
+    return ConfigDict(
         {
-            "width": 3072,
-            "num_heads": 24,
-            "num_double_blocks": 20,
-            "num_single_blocks": 40,
-            "num_refiner_blocks": 2,
-            "mlp_ratio": 4.0,
-            "patch_size": (1, 2, 2),
-            "in_channels": 16,
-            "out_channels": 16,
-            "text_dim": 4096,  # the language tower's hidden states
-            "pooled_dim": 768,  # CLIP's pooled text
-            "guidance_embed": False,
-            "rope_axes": (16, 56, 56),
-            "rope_theta": 256.0,
-            "remat": "full",
-            "dtype": "bfloat16",
+            "stage": stage,
+            "task": "t2v",
+            "seed": 0,
+            "model": {
+                "width": 3072,
+                "num_heads": 24,
+                "num_double_blocks": 20,
+                "num_single_blocks": 40,
+                "num_refiner_blocks": 2,
+                "mlp_ratio": 4.0,
+                "patch_size": (1, 2, 2),
+                "in_channels": 16,
+                "out_channels": 16,
+                "text_dim": 4096,  # the language tower's hidden states
+                "pooled_dim": 768,  # CLIP's pooled text
+                "guidance_embed": False,
+                "rope_axes": (16, 56, 56),
+                "rope_theta": 256.0,
+                "remat": "full",
+                "dtype": "bfloat16",
+            },
+            "video": {"frames": frames, "height": height, "width": width, "interval": 1, "fps": 24.0},
+            "loss": {"time_shift": of_stage["shift"], "text_dropout": 0.1},
+            "sampling": {"steps": 50, "shift": 7.0, "cfg_scale": 6.0},
+            "data": {
+                "path": "",
+                "kind": "Latent",
+                "text_length": 256,
+                "threads": 16,
+                "buckets": tuple(
+                    {"frames": t, "height": h, "width": w, "batch": batch, "share": share} for t, h, w, batch, share in of_stage["buckets"]
+                ),
+            },
+            "optimizer": {"learning_rate": of_stage["learning_rate"], "warmup_steps": 1000, "b2": 0.99, "weight_decay": 0.01},
+            "ema": {"decay": 0.9999},
+            "mesh": {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "train": {
+                "steps": of_stage["steps"],
+                "log_every": 20,
+                "checkpoint_every": 1000,
+                "measure_every": 1000,
+                "measure_samples": 256,
+                "preview_every": 2000,
+            },
         }
     )
-    return config
