@@ -110,7 +110,9 @@ def plan_pieces(clips: Dataset, buckets: Sequence[Bucket], made_from: dict[str, 
     for bucket in buckets:
         fitting = [n for n, row in enumerate(clips.rows) if bucket.fits(row["num_frames"])]
         if not fitting:
-            raise UserError(f"No clip in {clips.folder} has the {bucket.span(min(bucket.intervals))} frames that bucket {bucket.name} needs.")
+            raise UserError(
+                f"No clip in {clips.folder} has the {bucket.span(min(bucket.intervals))} frames that bucket {bucket.name} needs."
+            )
         groups = [fitting[i : i + clips_per_shard] for i in range(0, len(fitting), clips_per_shard)]
         for i, group in enumerate(groups):
             pieces.append(Piece(f"latents-{key}-{bucket.name}-{i:05d}-of-{len(groups):05d}.array_record", bucket, tuple(group)))
@@ -150,7 +152,9 @@ def _encode_prompts(codec: Codec, prompts: Sequence[str]) -> dict[str, records.T
     return dict(zip(prompts, codec.encode_prompts(prompts), strict=True))
 
 
-def _encode_piece(piece: Piece, clips: Dataset, prompts: dict[int, list[str]], states: dict[str, records.TextStates], encoder: Any) -> list[bytes]:
+def _encode_piece(
+    piece: Piece, clips: Dataset, prompts: dict[int, list[str]], states: dict[str, records.TextStates], encoder: Any
+) -> list[bytes]:
     items = []
     size = piece.bucket.batch
     for start in range(0, len(piece.rows), size):

@@ -1,0 +1,13 @@
+"""A JAX/Flax training stack for HunyuanVideo. The map, from the outside in:
+
+train, generate, evaluate, report    commands
+codec                                VAE and text tower as one folder, between the world and the DiT
+tasks                                what is trained, by what loss, and how it is shown
+flow, sampling                       flow matching and Euler steps
+models                               VAE, DiT, text tower: pure functions of parameters
+data                                 records, buckets, schedule, batches
+parallel                             the mesh and where arrays live
+train_step, optimizer, checkpoint    one step, and how a run continues
+convert, metrics, video_io           files in and out
+settings, errors                     the door from configs to dataclasses, and what a user can get wrong
+"""

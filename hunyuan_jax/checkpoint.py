@@ -1,8 +1,8 @@
 """Checkpoints of a run: the training state and the data position, by Orbax, and what the model is, beside them.
 
-    WORKDIR/model.json           task, model and codec settings: what the parameters mean
-    WORKDIR/checkpoints/1200/    params, ema, rest (step, optimizer), data (the loader's position); a folder under its final
-                                 name is whole, Orbax commits by renaming
+WORKDIR/model.json           task, model and codec settings: what the parameters mean
+WORKDIR/checkpoints/1200/    params, ema, rest (step, optimizer), data (the loader's position); a folder under its final
+                             name is whole, Orbax commits by renaming
 """
 
 import json
@@ -64,7 +64,10 @@ def write_model(workdir: Path, model: dict[str, Any]) -> None:
     path = workdir / "model.json"
     if path.exists() and (there := json.loads(path.read_text())) != json.loads(json.dumps(model)):
         changed = sorted(key for key in there.keys() | model.keys() if there.get(key) != json.loads(json.dumps(model)).get(key))
-        raise UserError(f"{workdir} holds checkpoints of another model: its {', '.join(changed)} differs. Choose another --workdir, or the config it was made with.")
+        raise UserError(
+            f"{workdir} holds checkpoints of another model: its {', '.join(changed)} differs. "
+            "Choose another --workdir, or the config it was made with."
+        )
     write_json(path, model)
 
 
@@ -73,7 +76,9 @@ def read_model(workdir: Path) -> dict[str, Any]:
     try:
         return json.loads((workdir / "model.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"{workdir} holds no training run: model.json is missing. Give the --workdir of a run of hunyuan_jax.train.") from None
+        raise UserError(
+            f"{workdir} holds no training run: model.json is missing. Give the --workdir of a run of hunyuan_jax.train."
+        ) from None
     except ValueError as error:
         raise UserError(f"{workdir / 'model.json'} cannot be read: {error}.") from error
 

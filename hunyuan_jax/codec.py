@@ -46,7 +46,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.template.count("{}") != 1 or self.max_tokens < 1:
-            raise UserError(f"text: the template needs exactly one {{}} and max_tokens at least 1, not {self.template!r}, {self.max_tokens}.")
+            raise UserError(
+                f"text: the template needs exactly one {{}} and max_tokens at least 1, not {self.template!r}, {self.max_tokens}."
+            )
         if self.tower_config.vocab_size <= PAD:
             raise UserError(f"text: the byte tokenizer needs a vocabulary of {PAD + 1}, not {self.tower_config.vocab_size}.")
 
@@ -100,11 +102,13 @@ class Codec:
         return out
 
     def encode_frames(self, frames: Float[Array, "B T H W 3"]) -> Posterior:
-        return VAE(self.vae).apply({"params": self.vae_params}, frames, method="encode")
+        posterior: Any = VAE(self.vae).apply({"params": self.vae_params}, frames, method="encode")
+        return posterior
 
     def decode(self, latents: Float[Array, "B T Y X C"]) -> Float[Array, "B T2 H W 3"]:
         """Frames in [-1, 1], not clipped, of scaled latents, as the DiT makes them."""
-        return VAE(self.vae).apply({"params": self.vae_params}, latents / self.vae.scaling_factor, method="decode")
+        frames: Any = VAE(self.vae).apply({"params": self.vae_params}, latents / self.vae.scaling_factor, method="decode")
+        return frames
 
     def save(self, folder: Path) -> None:
         convert.save_vae(folder / "vae", self.vae, self.vae_params)

@@ -65,7 +65,9 @@ def save_vae(folder: Path, config: VAEConfig, params: Any, *, dtype: str = "floa
         safetensors.flax.save_file(tensors, str(temporary), metadata={"format": "pt", **(metadata or {})})
     fields = {theirs: getattr(config, ours) for theirs, ours in _VAE_FIELDS.items()}
     ours_alone = {"convolution": config.convolution}
-    write_json(folder / "config.json", {"_class_name": "AutoencoderKLHunyuanVideo", **fields, "mid_block_add_attention": True, **ours_alone})
+    write_json(
+        folder / "config.json", {"_class_name": "AutoencoderKLHunyuanVideo", **fields, "mid_block_add_attention": True, **ours_alone}
+    )
 
 
 def load(path: str | Path, component: str = "vae") -> tuple[VAEConfig, Any]:
@@ -80,7 +82,9 @@ def load(path: str | Path, component: str = "vae") -> tuple[VAEConfig, Any]:
         given = json.loads((folder / "config.json").read_text())
         tensors = safetensors.flax.load_file(str(folder / VAE_WEIGHTS))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no VAE: {error.filename or VAE_WEIGHTS} is missing; config.json and {VAE_WEIGHTS} are read.") from error
+        raise UserError(
+            f"{folder} holds no VAE: {error.filename or VAE_WEIGHTS} is missing; config.json and {VAE_WEIGHTS} are read."
+        ) from error
     except (ValueError, SafetensorError) as error:
         raise UserError(f"The VAE in {folder} cannot be read: {error}.") from error
     fields = {ours: given[theirs] for theirs, ours in _VAE_FIELDS.items() if theirs in given}

@@ -46,7 +46,5 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     def decayed(params: optax.Params) -> optax.Params:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    adamw = optax.adamw(
-        make_schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
-    )
+    adamw = optax.adamw(make_schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from hunyuan_jax.errors import UserError
 
@@ -40,7 +41,7 @@ def build(kind: type[Settings], section: Mapping[str, Any], *, where: str) -> Se
 
 def _plain(value: Any) -> Any:
     """Lists of a ConfigDict become tuples, nested sections plain dicts."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | ConfigDict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return tuple(_plain(item) for item in value)
@@ -52,13 +53,25 @@ def parse_flags(argv: list[str], *, required: Sequence[str]) -> None:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise UserError(str(error)) from error
+        # For an error inside a config file the flag's message is a whole traceback; its last line says what is wrong.
+        raise UserError(str(error).strip().splitlines()[-1]) from error
     except (AttributeError, KeyError) as error:
-        raise UserError(f"A --config.KEY=VALUE names a key that the config does not have: {str(error).strip(chr(34))}") from error
-    except (FileNotFoundError, ImportError, SyntaxError) as error:
-        raise UserError(f"The config file cannot be loaded: {error}") from error
+        said = str(error).replace("\\n", " ").replace("\n", " ").replace("\\'", "").strip("'\"")
+        raise UserError(f"A --config.KEY=VALUE names a key that the config does not have: {said}") from error
+    except (OSError, ImportError, SyntaxError, ValueError) as error:
+        raise UserError(f"The config cannot be loaded: {error}") from error
     if len(rest) > 1:
         raise UserError(f"Arguments {rest[1:]} were not understood; options begin with --.")
     for name in required:
         if flags.FLAGS[name].value is None:
             raise UserError(f"--{name} is missing.")
+    if "config" in required:
+        _check_loaded(flags.FLAGS.config)
+
+
+def _check_loaded(config: Any) -> None:
+    """ml_collections keeps a config file's failure to load until the config is first used; this is where it comes out."""
+    try:
+        config.keys()
+    except OSError as error:
+        raise UserError(f"The config cannot be loaded: {error.__cause__ or error}") from error

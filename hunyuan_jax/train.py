@@ -57,14 +57,14 @@ SECTIONS = ("task", "seed", "data", "optimizer", "ema", "mesh", "train")
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs the training that `config` describes in `workdir`, from its newest checkpoint if there is one."""
-    for key in SECTIONS:
-        if key not in config:
-            raise UserError(f"The configuration has no section {key!r}; every training config has {', '.join(SECTIONS)}.")
+    for section in SECTIONS:
+        if section not in config:
+            raise UserError(f"The configuration has no section {section!r}; every training config has {', '.join(SECTIONS)}.")
     loop = build(LoopConfig, config.train, where="train")
     optimizer_config = build(OptimizerConfig, config.optimizer, where="optimizer")
     ema_config = build(EmaConfig, config.ema, where="ema")
     data_config = build(loader.DataConfig, config.data, where="data")
-    buckets = [build(Bucket, section, where=f"data.buckets[{i}]") for i, section in enumerate(data_config.buckets)]
+    buckets = [build(Bucket, bucket, where=f"data.buckets[{i}]") for i, bucket in enumerate(data_config.buckets)]
 
     mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"))
     dataset = loader.open_for_training(data_config)
@@ -143,19 +143,19 @@ def make_state(task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding
     return jax.jit(init, out_shardings=shardings)()
 
 
-def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
     """Parameters by their table; what the optimizer keeps for a parameter like that parameter; counters everywhere."""
-    by_params = param_shardings(state.params, mesh)
-    structure = jax.tree.structure(state.params)
+    by_params, whole = param_shardings(state.params, mesh), replicated(mesh)
+    structure = str(jax.tree.structure(state.params))
+
+    def like_params(node: Any) -> bool:
+        return str(jax.tree.structure(node)) == structure
 
     def place(node: Any) -> Any:
-        if jax.tree.structure(node) == structure:
-            return by_params
-        return jax.tree.map(lambda _: replicated(mesh), node)
+        return by_params if like_params(node) else jax.tree.map(lambda _: whole, node)
 
-    opt_state = jax.tree.map(place, state.opt_state, is_leaf=lambda n: jax.tree.structure(n) == structure)
-    whole = replicated(mesh)
-    return TrainState(step=whole, skipped=whole, params=by_params, ema=by_params, opt_state=opt_state)
+    opt_state = jax.tree.map(place, state.opt_state, is_leaf=like_params)
+    return state.replace(step=whole, skipped=whole, params=by_params, ema=by_params, opt_state=opt_state)  # type: ignore[attr-defined]
 
 
 class MetricLog:
@@ -201,7 +201,9 @@ class HeldOut:
         self._shown: VideoBatch | None = None
         if loop.preview_every:
             longest = max(buckets, key=lambda b: (b.frames, b.height * b.width))
-            shown = loader.held_out_batches(config, dataset, dataclasses.replace(longest, batch=loop.preview_samples), limit=loop.preview_samples)
+            shown = loader.held_out_batches(
+                config, dataset, dataclasses.replace(longest, batch=loop.preview_samples), limit=loop.preview_samples
+            )
             if not shown:
                 raise UserError("No held-out clip is left for previews; raise data.held_out, add clips, or set train.preview_every to 0.")
             self._shown = shown[0]
@@ -227,13 +229,20 @@ class HeldOut:
         return videos
 
 
+def _log_only_ours() -> None:
+    """Our lines at INFO on process 0; of libraries only warnings."""
+    logging.set_verbosity(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    logging.use_absl_handler()
+    package = str(Path(__file__).parent)
+    logging.get_absl_handler().addFilter(lambda record: record.levelno > 20 or record.pathname.startswith(package))
+
+
 def main(argv: list[str]) -> None:
     config = config_flags.DEFINE_config_file("config", None, "Training configuration, such as configs/quickstart.py:vae.", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, previews.")
     parse_flags(argv, required=("config", "workdir"))
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
-    train(config.value, Path(workdir.value))
+    _log_only_ours()
+    train(config.value, Path(str(workdir.value)))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ class VideoBatch:
     """A batch of one bucket. Training the VAE fills `frames`; training the DiT fills the latents and text states.
 
     `sample_id` names a draw of a sample, the same on any number of hosts: random numbers are folded from it, so a resumed
-    run, or one on another mesh, sees the same noise. `txt_mask` is True for valid tokens, which come first.
+    run, or one on another mesh, sees the same noise. `txt_mask` is True for valid tokens, which come first. What a task does
+    not read is None.
     """
 
     sample_id: UInt32[Array, "B"]
-    frames: Float[Array, "B T H W 3"] | None = None
-    mean: Float[Array, "B T Y X C"] | None = None
-    logvar: Float[Array, "B T Y X C"] | None = None
-    txt: Float[Array, "B L D"] | None = None
-    txt_mask: Bool[Array, "B L"] | None = None
-    pooled: Float[Array, "B P"] | None = None
+    frames: Float[Array, "B T H W 3"] = None  # type: ignore[assignment]
+    mean: Float[Array, "B T Y X C"] = None  # type: ignore[assignment]
+    logvar: Float[Array, "B T Y X C"] = None  # type: ignore[assignment]
+    txt: Float[Array, "B L D"] = None  # type: ignore[assignment]
+    txt_mask: Bool[Array, "B L"] = None  # type: ignore[assignment]
+    pooled: Float[Array, "B P"] = None  # type: ignore[assignment]

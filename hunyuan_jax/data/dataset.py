@@ -61,11 +61,15 @@ def write_shard(path: Path, items: Sequence[bytes]) -> dict[str, Any]:
     return {"name": path.name, "records": len(items), "sha256": sha256_of(path)}
 
 
-def write_index(folder: Path, *, kind: str, rows: Sequence[dict[str, Any]], shards: Sequence[dict[str, Any]], made_from: dict[str, Any]) -> None:
+def write_index(
+    folder: Path, *, kind: str, rows: Sequence[dict[str, Any]], shards: Sequence[dict[str, Any]], made_from: dict[str, Any]
+) -> None:
     """Writes the manifest and then `dataset.json`: after this call the dataset is what `rows` and `shards` say."""
     with replacing(folder / "manifest.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
-    write_json(folder / "dataset.json", {"format": FORMAT, "kind": kind, "records": len(rows), "shards": list(shards), "made_from": made_from})
+    write_json(
+        folder / "dataset.json", {"format": FORMAT, "kind": kind, "records": len(rows), "shards": list(shards), "made_from": made_from}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +104,10 @@ def open_dataset(folder: str | Path, *, kind: str) -> Dataset:
     except (ValueError, pa.ArrowException) as error:
         raise UserError(f"The index of the dataset in {folder} cannot be read ({error}). Write the dataset again.") from error
     if index.get("format") != FORMAT or index.get("kind") != kind:
-        raise UserError(f"{folder} holds a dataset of kind {index.get('kind')!r}, format {index.get('format')!r}; a {kind!r} dataset of format {FORMAT} was expected.")
+        raise UserError(
+            f"{folder} holds a dataset of kind {index.get('kind')!r}, format {index.get('format')!r}; "
+            f"a {kind!r} dataset of format {FORMAT} was expected."
+        )
     if not rows:
         raise UserError(f"The dataset in {folder} has no records. See its report for what was dropped and why.")
     paths, offsets, total = [], {}, 0
@@ -113,7 +120,10 @@ def open_dataset(folder: str | Path, *, kind: str) -> Dataset:
         total += shard["records"]
     source = array_record_data_source.ArrayRecordDataSource(paths)
     if len(source) != total or total != len(rows):
-        raise UserError(f"The shards of {folder} hold {len(source)} records, its index says {total} and its manifest {len(rows)}: a shard is damaged. Write the dataset again.")
+        raise UserError(
+            f"The shards of {folder} hold {len(source)} records, its index says {total} and its manifest {len(rows)}: "
+            "a shard is damaged. Write the dataset again."
+        )
     return Dataset(folder, kind, rows, index["made_from"], source, offsets)
 
 

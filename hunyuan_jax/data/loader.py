@@ -40,7 +40,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError("Configuration data.path is empty; give the dataset's folder, for example --config.data.path=runs/quickstart/clips.")
+            raise UserError(
+                "Configuration data.path is empty; give the dataset's folder, for example --config.data.path=runs/quickstart/clips."
+            )
         if self.kind not in ("Clip", "Latent"):
             raise UserError(f"Configuration data.kind must be 'Clip' or 'Latent', not {self.kind!r}.")
         if not 0.0 <= self.held_out < 1.0:
@@ -67,15 +69,18 @@ def make_batch(
     items: Sequence[records.Clip | records.Latent], bucket: Bucket, *, epochs: Sequence[int], text_length: int, random: bool
 ) -> VideoBatch:
     """Records as a batch of numpy arrays. `random` draws intervals, crops and prompt variants by sample id."""
-    ids = np.array([sample_id(item.id, epoch) for item, epoch in zip(items, epochs, strict=True)], np.uint32)
+    ids: Any = np.array([sample_id(item.id, epoch) for item, epoch in zip(items, epochs, strict=True)], np.uint32)
     rngs = [np.random.default_rng(int(i)) if random else None for i in ids]
     clips = [item for item in items if isinstance(item, records.Clip)]
     latents = [item for item in items if isinstance(item, records.Latent)]
     if clips:
-        frames = [transforms.fit_to_bucket(read_video(clip.video).frames, bucket, rng=rng) for clip, rng in zip(clips, rngs, strict=True)]
-        return VideoBatch(sample_id=ids, frames=np.stack(frames))
+        fitted = [transforms.fit_to_bucket(read_video(clip.video).frames, bucket, rng=rng) for clip, rng in zip(clips, rngs, strict=True)]
+        frames: Any = np.stack(fitted)
+        return VideoBatch(sample_id=ids, frames=frames)
     texts = [item.texts[0 if rng is None else int(rng.integers(len(item.texts)))] for item, rng in zip(latents, rngs, strict=True)]
     txt, txt_mask, pooled = transforms.pad_texts(texts, length=text_length)
+    mean: Any
+    logvar: Any
     mean, logvar = (np.stack([getattr(item, name).astype(np.float32) for item in latents]) for name in ("mean", "logvar"))
     return VideoBatch(sample_id=ids, mean=mean, logvar=logvar, txt=txt, txt_mask=txt_mask, pooled=pooled)
 

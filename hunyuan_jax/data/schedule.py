@@ -56,7 +56,8 @@ class Schedule:
         for bucket, rows in zip(self.buckets, self.rows, strict=True):
             if bucket.share > 0 and not rows:
                 raise UserError(
-                    f"No clip fits bucket {bucket.name} with intervals {bucket.intervals}; it needs {bucket.span(min(bucket.intervals))} frames."
+                    f"No clip fits bucket {bucket.name} with intervals {bucket.intervals}; "
+                    f"it needs {bucket.span(min(bucket.intervals))} frames."
                 )
 
     @functools.cached_property

@@ -4,6 +4,7 @@ Randomness (the frame interval, the place of a crop) comes from the sample's id 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,7 +53,7 @@ def to_uint8(frames: Float[np.ndarray, "*B T H W 3"]) -> UInt8[np.ndarray, "*B T
     return np.round((np.clip(np.asarray(frames, np.float32), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
-def pad_texts(texts: Sequence[TextStates], *, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pad_texts(texts: Sequence[TextStates], *, length: int) -> tuple[Any, Any, Any]:
     """Text states of a batch as (txt [B, length, D], txt_mask [B, length], pooled [B, P]) in float32; longer ones are cut."""
     width, batch = texts[0].txt.shape[-1], len(texts)
     txt, mask = np.zeros((batch, length, width), np.float32), np.zeros((batch, length), bool)

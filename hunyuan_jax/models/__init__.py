@@ -1,0 +1,1 @@
+"""Networks as pure functions of their parameters; no input or output, no knowledge of data."""

@@ -35,7 +35,9 @@ class TextTowerConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise UserError(f"Text tower: width {self.width}, num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} must divide in turn.")
+            raise UserError(
+                f"Text tower: width {self.width}, num_heads {self.num_heads} and num_kv_heads {self.num_kv_heads} must divide in turn."
+            )
         if not 0 <= self.skip_layers < self.num_layers:
             raise UserError(f"Text tower: skip_layers={self.skip_layers} must be at least 0 and below num_layers={self.num_layers}.")
 

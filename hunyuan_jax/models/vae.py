@@ -176,7 +176,9 @@ class ResBlock(nn.Module):
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W D"]:
         in_branch = nn.initializers.lecun_normal()
         h = CausalConv(self.config, self.features, kernel_init=in_branch, name="conv1")(nn.silu(_group_norm(self.config, "norm1")(x)))
-        h = CausalConv(self.config, self.features, kernel_init=nn.initializers.zeros, name="conv2")(nn.silu(_group_norm(self.config, "norm2")(h)))
+        h = CausalConv(self.config, self.features, kernel_init=nn.initializers.zeros, name="conv2")(
+            nn.silu(_group_norm(self.config, "norm2")(h))
+        )
         if x.shape[-1] != self.features:
             x = CausalConv(self.config, self.features, kernel=1, name="conv_shortcut")(x)
         return x + h
@@ -296,7 +298,7 @@ class Decoder(nn.Module):
 
 def _narrow_posterior(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "C2"]:
     """Mean 0 and log-variance -6: at first the latents' noise must not drown what the encoder says."""
-    return jnp.where(jnp.arange(*shape) < shape[0] // 2, 0.0, -6.0).astype(dtype)
+    return jnp.where(jnp.arange(shape[0]) < shape[0] // 2, 0.0, -6.0).astype(dtype)
 
 
 class VAE(nn.Module):

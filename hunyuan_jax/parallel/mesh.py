@@ -30,5 +30,7 @@ def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
         raise UserError(f"A mesh of {dict(zip(AXES, sizes, strict=True))} does not fit {count} devices; the axes must multiply to {count}.")
     sizes = [count // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != count:
-        raise UserError(f"A mesh of {dict(zip(AXES, sizes, strict=True))} has {math.prod(sizes)} places for {count} devices; set one axis to -1.")
+        raise UserError(
+            f"A mesh of {dict(zip(AXES, sizes, strict=True))} has {math.prod(sizes)} places for {count} devices; set one axis to -1."
+        )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))

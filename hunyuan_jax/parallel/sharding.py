@@ -14,16 +14,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # (pattern of the path, axes of the last dimensions)
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # The DiT: matrices that widen or project into heads, matrices that come back, and what is small.
-    (r"(attn_qkv|fc1|linear1|in_layer|mlp_0|linear_1|input_embedder|modulation_1|(img|txt)_mod/linear|modulation/linear)/kernel$", ("fsdp", "tensor")),
-    (r"(attn_proj|fc2|linear2|out_layer|mlp_2|linear_2)/kernel$", ("tensor", "fsdp")),
-    (r"(img_in/proj|final_layer/linear)/kernel$", (None, "fsdp")),
-    (r"(norm\d?|q_norm|k_norm)/(scale|weight|bias)$", (None,)),
-    (r"(attn_qkv|attn_proj|fc1|fc2|linear\d?|in_layer|out_layer|mlp_\d|linear_\d|input_embedder|modulation_1|img_in/proj)/bias$", (None,)),
+    # The DiT: matrices that widen or project into heads, matrices that come back, and the two ends, whose patches are small.
+    (r"(attn_qkv|fc1|linear1|in_layer|input_embedder|adaLN_modulation|(_mod|modulation)/linear)/kernel$", ("fsdp", "tensor")),
+    (r"(attn_proj|fc2|linear2|out_layer)/kernel$", ("tensor", "fsdp")),
+    (r"img_in/proj/kernel$", (None, "fsdp")),
+    (r"final_layer/linear/kernel$", ("fsdp", None)),
+    (r"(attn_qkv|attn_proj|fc1|fc2|linear1|linear2|in_layer|out_layer|input_embedder|adaLN_modulation|linear|img_in/proj)/bias$", (None,)),
     # The VAE: convolutions over their output channels, attention over either side.
-    (r"(conv|conv_in|conv_out|quant_conv)/kernel$", (None, None, None, None, "fsdp")),
+    (r"(conv|quant_conv)/kernel$", (None, None, None, None, "fsdp")),
     (r"to_(q|k|v|out_0)/kernel$", ("fsdp", "tensor")),
-    (r"(conv|quant_conv|to_q|to_k|to_v|to_out_0|group_norm|conv_norm_out)/(bias|scale)$", (None,)),
+    (r"(conv|quant_conv|to_q|to_k|to_v|to_out_0)/bias$", (None,)),
+    # Norms of both.
+    (r"(norm\d?|conv_norm_out)/(scale|bias)$", (None,)),
 )
 
 

@@ -1,0 +1,194 @@
+"""The whole path on a small world, by the commands a user types: raw video to generated video, and what survives a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from hunyuan_jax import convert, evaluate, generate
+from hunyuan_jax.checkpoint import load_params
+from hunyuan_jax.data.dataset import open_dataset
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.metrics import read_metrics
+from hunyuan_jax.models.vae import VAE, VAEConfig
+from hunyuan_jax.train import train
+from hunyuan_jax.video_io import read_video
+
+ROOT = Path(__file__).parents[1]
+TINY_VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, convolution="planes")
+
+
+def command(*arguments: str, expect: int = 0) -> str:
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """raw/, clips/, a random VAE and latents/ of a world of 48 shots."""
+    run = tmp_path_factory.mktemp("run")
+    command("data_prep.shapes_world", "--output", f"{run}/raw", "--clips", "48", "--seed", "3", "--workers", "2")
+    command("data_prep.curate", "--input", f"{run}/raw", "--output", f"{run}/clips", "--config", "configs/curation.py", "--workers", "1")
+    params = jax.jit(lambda key: VAE(TINY_VAE).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
+    convert.save_vae(run / "random_vae", TINY_VAE, params)
+    config = ("--config=configs/quickstart.py:encode", "--config.clips_per_shard=20")
+    command("data_prep.encode", "--clips", f"{run}/clips", "--vae", f"{run}/random_vae", "--output", f"{run}/latents", *config)
+    return run
+
+
+def tiny_t2v(world: Path, steps: int):
+    config = quickstart.get_config("t2v")
+    config.model.update({"width": 32, "num_heads": 2, "num_double_blocks": 1, "num_single_blocks": 1, "rope_axes": (4, 6, 6)})
+    config.data.path = str(world / "latents")
+    config.data.held_out = 0.3
+    for bucket in config.data.buckets:
+        bucket["batch"] = 2
+    config.sampling.steps = 2
+    config.train.update({"steps": steps, "log_every": 1, "checkpoint_every": 3, "measure_every": 0, "preview_every": 0})
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory) -> Path:
+    """An uninterrupted run of 6 steps."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    train(tiny_t2v(world, 6), workdir)
+    return workdir
+
+
+def test_latents_hold_every_clip_in_every_bucket_it_fits(world):
+    clips, latents = open_dataset(world / "clips", kind="Clip"), open_dataset(world / "latents", kind="Latent")
+    names = {row["id"] for row in latents.rows}
+    assert names == {f"{row['id']}/{bucket}" for row in clips.rows for bucket in ("9x64x64", "1x64x64")}
+    record = latents.read([0])[0]
+    assert record.mean.shape == (3, 8, 8, 16)
+    assert record.texts[0].prompt == json.loads(clips.rows[0]["caption"])["short"]
+
+
+def test_encoding_again_does_nothing_and_a_lost_shard_comes_back_the_same(world):
+    again = ("data_prep.encode", "--clips", f"{world}/clips", "--vae", f"{world}/random_vae", "--output", f"{world}/latents")
+    config = ("--config=configs/quickstart.py:encode", "--config.clips_per_shard=20")
+    assert "nothing to do" in command(*again, *config)
+    index = json.loads((world / "latents" / "dataset.json").read_text())
+    (world / "latents" / "dataset.json").unlink()
+    (world / "latents" / index["shards"][0]["name"]).unlink()
+    command(*again, *config)
+    assert json.loads((world / "latents" / "dataset.json").read_text()) == index
+
+
+def test_resumed_run_equals_uninterrupted_run(world, trained, tmp_path):
+    train(tiny_t2v(world, 3), tmp_path)
+    train(tiny_t2v(world, 6), tmp_path)
+    model = generate.load_model(trained)
+    abstract = jax.eval_shape(lambda: model.task.init(jax.random.key(0)))
+    for weights in ("ema", "params"):
+        (whole, at), (resumed, also_at) = (load_params(folder, abstract, weights=weights) for folder in (trained, tmp_path))
+        assert at == also_at == 6
+        jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    losses = [[(row["step"], row["loss"]) for row in read_metrics(folder / "metrics.jsonl")] for folder in (trained, tmp_path)]
+    assert losses[0] == losses[1]
+
+
+def test_generated_videos_do_not_depend_on_the_batch_and_can_be_scored(world, trained, tmp_path):
+    model = generate.load_model(trained)
+    prompts = ["a red circle moving left", "", "ein blaues Quadrat \N{SNOWMAN}"]
+    size = (9, 64, 64)
+    one_by_one, at_once = (
+        list(generate.generate(model, prompts, sampling=model.task.sampling, seed=1, batch=batch, size=size)) for batch in (1, 3)
+    )
+    for alone, together in zip(one_by_one, at_once, strict=True):
+        assert alone.shape == (9, 64, 64, 3)
+        assert np.abs(alone.astype(int) - together).max() <= 1
+    (tmp_path / "prompts.jsonl").write_text((world / "raw" / "prompts.jsonl").read_text()[:2000].rsplit("\n", 1)[0])
+    command(
+        "hunyuan_jax.generate", "--checkpoint", str(trained), "--prompts", f"{tmp_path}/prompts.jsonl", "--output", f"{tmp_path}/videos"
+    )
+    index = json.loads((tmp_path / "videos" / "index.json").read_text())
+    assert read_video(tmp_path / "videos" / index[0]["file"]).frames.shape == (9, 64, 64, 3)
+    arguments = ("--checkpoint", str(trained), "--latents", f"{world}/latents", "--clips", f"{world}/clips", "--held_out", "0.3")
+    command("hunyuan_jax.evaluate", *arguments, "--videos", f"{tmp_path}/videos", "--output", f"{tmp_path}/evaluation.json")
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert len(figures["flow_loss_by_time"]) == len(evaluate.TIMES)
+    assert len(figures["videos"]) == len(index)
+    assert set(figures["accuracy"]["all"]) == {"colour", "shape", "direction"}
+
+
+def test_accuracy_counts_each_reading_by_itself_and_groups_apart():
+    def row(colour, shape, *, seen):
+        expected = {"colour": "red", "shape": "circle", "direction": "up"}
+        return {"seen": seen, "expected": expected, "read": {"colour": colour, "shape": shape, "direction": "up"}}
+
+    table = evaluate.accuracy_table([row("red", "cross", seen=True), row("blue", "circle", seen=False)])
+    assert table["all"] == {"colour": 0.5, "shape": 0.5, "direction": 1.0}
+    assert table["seen"] == {"colour": 1.0, "shape": 0.0, "direction": 1.0}
+    assert table["unseen"] == {"colour": 0.0, "shape": 1.0, "direction": 1.0}
+
+
+def test_a_run_of_another_model_is_refused_and_left_alone(world, trained):
+    before = (trained / "model.json").read_bytes()
+    config = tiny_t2v(world, 8)
+    config.model.num_single_blocks = 2
+    with pytest.raises(UserError, match="another model: its model differs"):
+        train(config, trained)
+    assert (trained / "model.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--config=configs/quickstart.py:t2v", "--config.train.stps=3"), 'Did you mean "steps"'),
+        (("--config=configs/quickstart.py:nonsense",), "nonsense"),
+        (("--config=configs/missing.py",), "missing.py"),
+        (("--config=configs/quickstart.py:t2v", "--config.data.path=/nowhere"), "/nowhere"),
+        (("--config=configs/quickstart.py:t2v",), "data.path"),
+    ],
+)
+def test_what_a_user_gets_wrong_ends_in_one_line_and_exit_code_2(arguments, says, tmp_path):
+    said = command("hunyuan_jax.train", *arguments, "--workdir", f"{tmp_path}/run", expect=2)
+    assert says in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_prompt_files_with_strange_bytes_are_refused_by_line(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    for content, says in (
+        (b"\xff\xfe", "UTF-8"),
+        (b"{}", "line 1"),
+        (b'{"prompt": 3}', "line 1"),
+        (b"[" * 100_000, "line 1"),
+        (b"", "0 prompts"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            generate.read_prompts(file)
+    file.write_text('{"prompt": "a\\u0000 red\\ncircle", "seen": true}\n')
+    assert generate.read_prompts(file) == [{"prompt": "a red circle", "seen": True}]
+
+
+def test_a_killed_training_run_continues_to_the_same_parameters(world, trained, tmp_path):
+    """SIGKILL somewhere after the first checkpoint; what is there then continues to the uninterrupted run's bits."""
+    config = tiny_t2v(world, 6)
+    script = (
+        "import sys; from pathlib import Path; from tests.test_path import tiny_t2v; from hunyuan_jax.train import train;"
+        f"train(tiny_t2v(Path({str(world)!r}), 6), Path({str(tmp_path)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not (tmp_path / "checkpoints" / "3").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    train(config, tmp_path)
+    model = generate.load_model(trained)
+    abstract = jax.eval_shape(lambda: model.task.init(jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, load_params(trained, abstract)[0], load_params(tmp_path, abstract)[0])

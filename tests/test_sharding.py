@@ -1,0 +1,139 @@
+"""Laws of placement: every parameter has a rule, every rule a parameter, no axis is used twice, and results do not change."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from configs import t2v_13b
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.models.vae import VAEConfig, abstract_params
+from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import PARAM_RULES, param_shardings, path_of, rule_for
+from hunyuan_jax.settings import build
+
+
+def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def abstract_dit():
+    """The parameters of the 13B model, with the guidance embedding that distillation adds."""
+    section = t2v_13b.get_config().model.to_dict() | {"guidance_embed": True}
+    c = build(DiTConfig, section, where="model")
+    inputs = (shape(1, *c.patch_size, c.in_channels), shape(1), shape(1, 1, c.text_dim), shape(1, 1, dtype=jnp.bool_))
+    inputs += (shape(1, c.pooled_dim), shape(1))
+    return jax.eval_shape(lambda *x: DiT(c).init(jax.random.key(0), *x)["params"], *inputs)
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return {"dit": abstract_dit(), "vae": abstract_params(VAEConfig())}
+
+
+@pytest.fixture(scope="module")
+def leaves(trees):
+    """(path, shape) of every parameter of the full models."""
+    return [(path_of(path), leaf.shape) for tree in trees.values() for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def test_every_parameter_has_a_rule_that_fits_it(leaves):
+    for path, size in leaves:
+        assert len(rule_for(path, size)) == len(size), path
+
+
+def test_every_parameter_has_only_one_rule(leaves):
+    for path, _ in leaves:
+        assert [pattern for pattern, _ in PARAM_RULES if re.search(pattern, path)][1:] == [], path
+
+
+def test_every_rule_has_a_parameter(leaves):
+    for pattern, _ in PARAM_RULES:
+        assert any(re.search(pattern, path) for path, _ in leaves), pattern
+
+
+def test_every_word_of_a_rule_is_a_name_in_a_model(leaves):
+    paths = "\n".join(path for path, _ in leaves)
+    for pattern, _ in PARAM_RULES:
+        for word in re.findall(r"[A-Za-z]\w+", re.sub(r"\\d\??", "", pattern)):
+            assert word in paths, f"{word} of {pattern}"
+
+
+def test_no_axis_lands_on_two_dimensions_and_no_stack_of_layers_is_split(leaves):
+    for path, size in leaves:
+        axes = [axis for axis in rule_for(path, size) if axis]
+        assert len(set(axes)) == len(axes) and set(axes) <= set(AXES), path  # noqa: PT018
+        if "_blocks/" in path or "individual_token_refiner/" in path:
+            assert rule_for(path, size)[0] is None, path
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(KeyError, match="No sharding rule for new_layer/kernel"):
+        rule_for("new_layer/kernel", (3, 4))
+
+
+def test_the_13b_model_is_split_almost_wholly(trees):
+    """On 4 x 2 devices each holds an eighth of the matrices, and nearly all parameters are in matrices."""
+    mesh = AbstractMesh((1, 4, 1, 2), AXES)
+    held = jax.tree.map(
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), trees["dit"], param_shardings(trees["dit"], mesh)
+    )
+    assert sum(jax.tree.leaves(held)) < 1.01 * sum(leaf.size for leaf in jax.tree.leaves(trees["dit"])) / 8
+
+
+@pytest.mark.parametrize("config", [{"data": 2}, {"data": 3, "fsdp": -1}, {"data": -1, "fsdp": -1}, {"fsdp": 0}, {"tensor": 16}])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config):
+    with pytest.raises(UserError, match="mesh"):
+        make_mesh(MeshConfig(**config), devices=8)
+
+
+SHARDED_FORWARD = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings
+
+config = DiTConfig(width=32, num_heads=2, num_double_blocks=1, num_single_blocks=1, num_refiner_blocks=1, text_dim=12, pooled_dim=6,
+                   in_channels=4, out_channels=4, rope_axes=(4, 6, 6))
+rng = np.random.default_rng(0)
+inputs = [rng.normal(size=(4, 2, 4, 6, 4)), rng.uniform(size=4)]
+inputs += [rng.normal(size=(4, 5, 12)), np.ones((4, 5), bool), rng.normal(size=(4, 6))]
+inputs = [x if x.dtype == bool else x.astype(np.float32) for x in inputs]
+shapes = jax.eval_shape(lambda *x: DiT(config).init(jax.random.key(0), *x)["params"], *inputs)
+params = jax.tree.map(lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+apply = lambda params, *x: DiT(config).apply({"params": params}, *x)
+whole = np.asarray(jax.jit(apply)(params, *inputs))
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+shardings = param_shardings(shapes, mesh)
+placed = jax.device_put(params, shardings)
+kernel = placed["double_blocks"]["img_attn_qkv"]["kernel"]
+assert kernel.addressable_shards[0].data.shape == (1, 16, 48), kernel.sharding
+with jax.set_mesh(mesh):
+    out = jax.jit(apply)(placed, *[jax.device_put(x, batch_sharding(mesh)) for x in inputs])
+assert len(out.sharding.device_set) == 8
+error = np.abs(np.asarray(out) - whole).max() / np.abs(whole).max()
+assert error <= 1e-5, error
+print("equal")
+"""
+
+
+def test_a_sharded_forward_pass_is_the_unsharded_one():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED_FORWARD],
+        cwd=root,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]

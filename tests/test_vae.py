@@ -1,0 +1,201 @@
+"""Laws of the causal 3D VAE: its size, causality, exact time layout, two ways to convolve, and its files."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from hunyuan_jax import convert
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.vae import VAE, CausalConv, FrameCausalAttention, Posterior, VAEConfig, abstract_params, upsample_nearest
+
+SMALL = VAEConfig(latent_channels=4, block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+RELEASED_NAMES = Path(__file__).parents[2] / "shared" / "keys" / "keys_vae.tsv"
+
+
+def random(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def random_params(shapes, *, seed: int = 1):
+    """Parameters of these shapes in which nothing is 0 or 1, so that closed branches are open."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape, np.float32)), shapes)
+
+
+def random_params_of(module: nn.Module, x: jax.Array):
+    return random_params(jax.eval_shape(module.init, jax.random.key(0), x))
+
+
+@pytest.fixture(scope="module")
+def small_params():
+    return random_params(abstract_params(SMALL))
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def test_the_default_config_is_the_released_model_in_size():
+    params = abstract_params(VAEConfig())
+    parts = {"encoder": 100_341_408, "decoder": 146_136_067, "quant_conv": 1_056, "post_quant_conv": 272}
+    assert {name: count(part) for name, part in params.items()} == parts
+    assert count(params) == 246_478_803
+    assert len(jax.tree.leaves(params)) == 248
+
+
+def test_names_and_shapes_are_those_of_the_released_checkpoint():
+    if not RELEASED_NAMES.is_file():
+        pytest.skip(f"the list of released names is not at {RELEASED_NAMES}")
+    with RELEASED_NAMES.open() as file:
+        released = {name: tuple(json.loads(shape)) for name, shape in csv.reader(file, delimiter="\t")}
+    ours = traverse_util.flatten_dict(abstract_params(VAEConfig()), sep="/")
+    assert {
+        convert.vae_name(path): convert.to_released(path, np.empty(leaf.shape, np.bool_)).shape for path, leaf in ours.items()
+    } == released
+
+
+@pytest.mark.parametrize("strides", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+def test_planes_and_volume_are_the_same_convolution(strides):
+    x = random(2, 5, 6, 8, 4)
+    convolutions = [CausalConv(dataclasses.replace(SMALL, convolution=how), 8, strides=strides) for how in ("volume", "planes")]
+    params = random_params_of(convolutions[0], x)
+    volume, planes = (jax.jit(convolution.apply)(params, x) for convolution in convolutions)
+    np.testing.assert_allclose(planes, volume, atol=1e-5)
+
+
+def test_a_convolution_never_sees_later_frames():
+    x = random(1, 5, 6, 6, 4)
+    convolution = CausalConv(SMALL, 8)
+    params = random_params_of(convolution, x)
+    apply = jax.jit(convolution.apply)
+    out, changed = apply(params, x), apply(params, x.at[:, 3:].add(1.0))
+    np.testing.assert_array_equal(out[:, :3], changed[:, :3])
+    assert (out[:, 3:] != changed[:, 3:]).all()
+
+
+def test_before_the_first_frame_and_beyond_the_edge_everything_is_as_there():
+    x = jnp.broadcast_to(random(1, 1, 1, 1, 4), (1, 4, 5, 6, 4))
+    convolution = CausalConv(SMALL, 8)
+    out = jax.jit(convolution.apply)(random_params_of(convolution, x), x)
+    np.testing.assert_allclose(out, jnp.broadcast_to(out[:, :1, :1, :1], out.shape), atol=1e-5)
+
+
+def test_attention_never_sees_later_frames_and_sees_all_of_its_own(monkeypatch):
+    # Group norm takes its statistics over all frames, which is not the subject here.
+    monkeypatch.setattr("hunyuan_jax.models.vae._group_norm", lambda config, name: lambda x: x)
+    x = random(1, 4, 2, 3, 8)
+    attention = FrameCausalAttention(SMALL)
+    params = random_params_of(attention, x)
+    apply = jax.jit(attention.apply)
+    out, changed = apply(params, x), apply(params, x.at[:, 2, 1, 2].add(1.0))
+    np.testing.assert_array_equal(out[:, :2], changed[:, :2])
+    assert (out[:, 2:] != changed[:, 2:]).any(axis=-1).all()
+
+
+def test_the_first_frame_is_never_repeated_in_time():
+    x = jnp.arange(3.0).reshape(1, 3, 1, 1, 1) + jnp.array([0.0, 0.5]).reshape(1, 1, 1, 2, 1)
+    out = upsample_nearest(x, (2, 3, 2))
+    assert out.shape == (1, 5, 3, 4, 1)
+    np.testing.assert_array_equal(out[0, :, 0, 0, 0], [0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(out[0, 1, 2, :, 0], [1, 1, 1.5, 1.5])
+    assert upsample_nearest(x, (1, 2, 2)).shape == (1, 3, 2, 4, 1)
+
+
+@pytest.mark.parametrize(("space", "time"), [(8, 4), (4, 2), (2, 1)])
+def test_frames_come_back_in_the_shape_they_had(space, time):
+    config = dataclasses.replace(SMALL, spatial_compression=space, temporal_compression=time)
+    frames = jax.ShapeDtypeStruct((2, 1 + 2 * time, 3 * space, 2 * space, 3), jnp.float32)
+    params = abstract_params(config)
+    posterior = jax.eval_shape(lambda p, x: VAE(config).apply({"params": p}, x, method="encode"), params, frames)
+    assert posterior.mean.shape == posterior.logvar.shape == (2, *config.latent_shape(*frames.shape[1:4])) == (2, 3, 3, 2, 4)
+    assert jax.eval_shape(lambda p, x: VAE(config).apply({"params": p}, x), params, frames).shape == frames.shape
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (0, 16, 16), (5, 15, 16), (5, 16, 12)])
+def test_clips_that_cannot_be_represented_are_refused(shape):
+    with pytest.raises(UserError, match="VAE"):
+        VAEConfig().latent_shape(*shape)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"norm_num_groups": 3}, {"convolution": "fast"}, {"spatial_compression": 6}, {"temporal_compression": 16}]
+)
+def test_impossible_configs_are_refused(wrong):
+    with pytest.raises(UserError, match="VAE"):
+        VAEConfig(**wrong)
+
+
+def test_kl_is_zero_for_the_standard_normal_and_has_its_closed_form():
+    shape = (2, 1, 1, 1, 3)
+    np.testing.assert_array_equal(Posterior(mean=jnp.zeros(shape), logvar=jnp.zeros(shape)).kl(), [0, 0])
+    kl = Posterior(mean=jnp.full(shape, 2.0), logvar=jnp.full(shape, math.log(4.0))).kl()
+    np.testing.assert_allclose(kl, 2 * [3 * 0.5 * (4 + 4 - 1 - math.log(4))], rtol=1e-6)
+
+
+def test_saved_weights_load_exactly_and_with_their_config(tmp_path, small_params):
+    config = dataclasses.replace(SMALL, convolution="planes", scaling_factor=0.7)
+    convert.save_vae(tmp_path, config, small_params)
+    loaded_config, loaded = convert.load(tmp_path, component="vae")
+    assert loaded_config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded, small_params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", convert.VAE_WEIGHTS]
+
+
+def without_a_tensor(folder: Path, params) -> None:
+    params = {**params, "quant_conv": {"kernel": params["quant_conv"]["kernel"]}}
+    convert.save_vae(folder, SMALL, params)
+
+
+def with_an_unknown_tensor(folder: Path, params) -> None:
+    convert.save_vae(folder, SMALL, {**params, "extra": {"bias": jnp.zeros(3)}})
+
+
+def with_a_wrong_shape(folder: Path, params) -> None:
+    convert.save_vae(folder, SMALL, {**params, "quant_conv": {**params["quant_conv"], "bias": jnp.zeros(3)}})
+
+
+def with_a_cut_file(folder: Path, params) -> None:
+    convert.save_vae(folder, SMALL, params)
+    weights = folder / convert.VAE_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def with_a_broken_config(folder: Path, params) -> None:
+    convert.save_vae(folder, SMALL, params)
+    (folder / "config.json").write_text("{")
+
+
+def without_weights(folder: Path, params) -> None:
+    convert.save_vae(folder, SMALL, params)
+    (folder / convert.VAE_WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (without_a_tensor, r"missing \['quant_conv.bias'\]"),
+        (with_an_unknown_tensor, r"unknown \['extra.bias'\]"),
+        (with_a_wrong_shape, "quant_conv.bias has shape"),
+        (with_a_cut_file, "cannot be read"),
+        (with_a_broken_config, "cannot be read"),
+        (without_weights, "holds no VAE"),
+    ],
+)
+def test_weights_that_are_not_a_whole_vae_are_refused(tmp_path, small_params, spoil, said):
+    spoil(tmp_path, small_params)
+    with pytest.raises(UserError, match=said):
+        convert.load(tmp_path, component="vae")
+
+
+def test_a_component_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be loaded"):
+        convert.load(tmp_path, component="vea")
