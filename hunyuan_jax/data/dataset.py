@@ -86,14 +86,20 @@ class Dataset:
     def read(self, row_numbers: Sequence[int]) -> list[records.Clip | records.Latent]:
         """Records by row number, in one batched read."""
         positions = [self._offsets[self.rows[n]["shard"]] + self.rows[n]["index"] for n in row_numbers]
-        return [records.from_bytes(data) for data in self._source.__getitems__(positions)] if positions else []
+        if not positions:
+            return []
+        try:
+            found = self._source.__getitems__(positions)
+        except RuntimeError as error:
+            raise UserError(f"A shard of {self.folder} is damaged ({error}). Write the dataset again.") from error
+        return [records.from_bytes(data) for data in found]
 
 
 def open_dataset(folder: str | Path, *, kind: str) -> Dataset:
     """Opens a dataset and checks every shard's count against `dataset.json`.
 
-    Raises `UserError` if the folder is no dataset, of another kind, empty, or if a shard is missing or truncated: a damaged
-    ArrayRecord file does not fail on its own, it reads as empty.
+    Raises `UserError` if the folder is no dataset, of another kind, empty, or if a shard is missing or truncated.
+    Counts are compared as well, since a damaged ArrayRecord file may read as one with fewer records.
     """
     folder = Path(folder)
     try:
@@ -118,7 +124,10 @@ def open_dataset(folder: str | Path, *, kind: str) -> Dataset:
         paths.append(str(path))
         offsets[shard["name"]] = total
         total += shard["records"]
-    source = array_record_data_source.ArrayRecordDataSource(paths)
+    try:
+        source = array_record_data_source.ArrayRecordDataSource(paths)
+    except RuntimeError as error:
+        raise UserError(f"A shard of {folder} is damaged ({error}). Write the dataset again.") from error
     if len(source) != total or total != len(rows):
         raise UserError(
             f"The shards of {folder} hold {len(source)} records, its index says {total} and its manifest {len(rows)}: "
