@@ -1,0 +1,51 @@
+"""The VAE that the quickstart starts from: small enough to carry, of the released layout, and as good as its figures say."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_prep import shapes_world
+from hunyuan_jax import convert
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.data.transforms import fit_to_bucket
+from hunyuan_jax.models.vae import VAE
+from hunyuan_jax.tasks.vae import psnr_db
+from hunyuan_jax.video_io import read_video
+
+FOLDER = Path(__file__).parents[1] / "configs" / "shapes_vae"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> np.ndarray:
+    """64 sound shots of a world whose seed no training used, 9 frames of 64 x 64 each."""
+    folder = tmp_path_factory.mktemp("raw")
+    shapes_world.main(["shapes_world", "--output", str(folder), "--clips", "80", "--seed", "1000", "--workers", "1"])
+    bucket, taken = Bucket(frames=9, height=64, width=64, batch=1, intervals=(2,)), []
+    for sidecar in sorted(folder.glob("*.json")):
+        said = json.loads(sidecar.read_text())
+        if "shots" not in said or said.get("defect") or not sidecar.with_suffix(".mp4").exists():
+            continue
+        video = read_video(sidecar.with_suffix(".mp4"))
+        spans = [(round(s["start_seconds"] * video.fps), round(s["end_seconds"] * video.fps)) for s in said["shots"] if not s.get("defect")]
+        taken += [fit_to_bucket(video.frames[start:end], bucket) for start, end in spans]
+    assert len(taken) >= 48
+    return np.stack(taken[:64])
+
+
+def test_the_carried_vae_is_as_good_as_its_figures_say(clips):
+    config, params = convert.load(FOLDER, component="vae")
+    frames = jnp.asarray(clips)
+    scores = np.concatenate([np.asarray(psnr_db(VAE(config).apply({"params": params}, part), part)) for part in jnp.array_split(frames, 8)])
+    figures = json.loads((FOLDER / "figures.json").read_text())
+    assert scores.mean() == pytest.approx(figures["unseen_world_psnr_db"], abs=0.05)
+
+
+def test_the_carried_vae_is_small_and_its_log_ends_with_its_figures():
+    assert (FOLDER / convert.VAE_WEIGHTS).stat().st_size <= 4e6
+    figures = json.loads((FOLDER / "figures.json").read_text())
+    last = [json.loads(line) for line in (FOLDER / "metrics.jsonl").read_text().splitlines() if "held_out/psnr/9x64x64_db" in line][-1]
+    assert last["step"] == figures["steps"]
+    assert last["held_out/psnr/9x64x64_db"] == pytest.approx(figures["held_out_psnr_db"], abs=0.005)
