@@ -107,7 +107,7 @@ def _t2v(frames: int, interval: int, steps: int) -> ConfigDict:
                     {"frames": 1, "height": 64, "width": 64, "batch": 64, "share": 1.0},
                 ),
             },
-            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50, "decay_steps": steps, "final_fraction": 0.02, "b2": 0.98},
+            "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 50, "decay_steps": steps, "final_fraction": 0.02, "b2": 0.98},
             "ema": {"decay": 0.99},
             "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
             "train": {
@@ -138,7 +138,7 @@ PARTS = {
     "vae_from_scratch": lambda: _vae(8000),
     "encode": lambda: _encode(9, 2),
     "encode_long": lambda: _encode(17, 1),
-    "t2v": lambda: _t2v(9, 2, 1000),
+    "t2v": lambda: _t2v(9, 2, 1200),
     "t2v_long": lambda: _t2v(17, 1, 4000),
 }
 

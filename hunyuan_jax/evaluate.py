@@ -22,6 +22,7 @@ from hunyuan_jax.data.dataset import open_dataset, write_json
 from hunyuan_jax.data.loader import DataConfig, held_out_batches
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.generate import Model, load_model
+from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import parse_flags
 from hunyuan_jax.shape_detector import detect_shape
 from hunyuan_jax.tasks.vae import psnr_db
@@ -31,22 +32,21 @@ TIMES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 READINGS = ("colour", "shape", "direction")
 
 
-def vae_psnr(model: Model, clips_folder: Path, *, held_out: float, limit: int) -> float:
-    """Mean PSNR in dB of held-out clips through the codec's posterior mean and decoder."""
-    video = model.video
+def vae_psnr(vae: tuple[VAEConfig, Any], clips_folder: Path, *, video: Mapping[str, Any], held_out: float, limit: int) -> float:
+    """Mean PSNR in dB of held-out clips through the posterior's mean and the decoder, in the shape that `video` names."""
     bucket = Bucket(frames=video["frames"], height=video["height"], width=video["width"], batch=8, intervals=(video["interval"],))
     clips = open_dataset(clips_folder, kind="Clip")
     config = DataConfig(path=str(clips_folder), kind="Clip", buckets=(), held_out=held_out)
-    codec = model.task.codec
 
     @jax.jit
-    def score(frames: jax.Array) -> jax.Array:
-        return psnr_db(codec.decode(codec.encode_frames(frames).mean * codec.vae.scaling_factor), frames)
+    def score(params: Any, frames: jax.Array) -> jax.Array:
+        copy: Any = VAE(vae[0]).apply({"params": params}, frames)
+        return psnr_db(copy, frames)
 
     batches = held_out_batches(config, clips, bucket, limit=limit)
     if not batches:
         raise UserError(f"No held-out clip in {clips_folder} fits {bucket.name}; curate more clips, or raise --held_out.")
-    return float(np.mean(np.concatenate([np.asarray(score(batch.frames)) for batch in batches])))
+    return float(np.mean(np.concatenate([np.asarray(score(vae[1], batch.frames)) for batch in batches])))
 
 
 def flow_loss_by_time(model: Model, latents_folder: Path, *, held_out: float, limit: int) -> list[dict[str, float]]:
@@ -111,8 +111,9 @@ def main(argv: list[str]) -> None:
     parse_flags(argv, required=("checkpoint", "latents", "clips", "output"))
     f = flags.FLAGS
     model = load_model(Path(f.checkpoint))
+    vae = (model.task.codec.vae, model.task.codec.vae_params)
     figures: dict[str, Any] = {
-        "vae_psnr_db": vae_psnr(model, Path(f.clips), held_out=f.held_out, limit=f.limit),
+        "vae_psnr_db": vae_psnr(vae, Path(f.clips), video=model.video, held_out=f.held_out, limit=f.limit),
         "flow_loss_by_time": flow_loss_by_time(model, Path(f.latents), held_out=f.held_out, limit=f.limit),
     }
     if f.videos:
