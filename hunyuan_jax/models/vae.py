@@ -27,7 +27,7 @@ class VAEConfig:
     """Sizes of the VAE; the defaults are the released model of 246,478,803 parameters.
 
     `convolution` says how a 3D convolution is computed, with equal results: "volume" as one, "planes" as a sum of 2D
-    convolutions over the kernel's frames, which XLA runs 2 to 5 times faster on CPUs.
+    convolutions over the kernel's frames, which XLA runs 2 to 4 times faster on CPUs.
     """
 
     in_channels: int = 3
