@@ -21,7 +21,7 @@ from hunyuan_jax.checkpoint import Checkpoints, abstract_like, write_model
 from hunyuan_jax.data import loader
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
-from hunyuan_jax.data.dataset import write_json
+from hunyuan_jax.data.dataset import open_dataset, write_json
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     buckets = [build(Bucket, bucket, where=f"data.buckets[{i}]") for i, bucket in enumerate(data_config.buckets)]
 
     mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"))
-    dataset = loader.open_for_training(data_config)
+    dataset = open_dataset(data_config.path, kind=data_config.kind)
     schedule = loader.training_schedule(data_config, dataset, buckets=buckets, seed=config.seed)
     task = make_task(config, dataset)
 

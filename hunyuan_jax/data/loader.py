@@ -17,7 +17,7 @@ import numpy as np
 from hunyuan_jax.data import records, transforms
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
-from hunyuan_jax.data.dataset import Dataset, is_held_out, open_dataset
+from hunyuan_jax.data.dataset import Dataset, is_held_out
 from hunyuan_jax.data.schedule import Schedule
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.video_io import read_video
@@ -147,8 +147,3 @@ def held_out_batches(config: DataConfig, dataset: Dataset, bucket: Bucket, *, li
     return [
         make_batch(dataset.read(group), bucket, epochs=[0] * len(group), text_length=config.text_length, random=False) for group in groups
     ]
-
-
-def open_for_training(config: DataConfig) -> Dataset:
-    """The dataset that `config` names; errors as in `open_dataset`."""
-    return open_dataset(config.path, kind=config.kind)
