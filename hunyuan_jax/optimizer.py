@@ -1,17 +1,29 @@
 """Optimizers and learning-rate schedules from configuration: one optax chain."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from hunyuan_jax.errors import UserError
+
+Kind = Literal["adamw", "muon"]
+
+MUON_RMS = 0.2  # size of Muon's updates relative to the learning rate, about that of AdamW's, so that rates carry over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and, over `decay_steps` (0: none), a cosine to `final_fraction` of the peak."""
+    """AdamW or Muon with linear warm-up and, over `decay_steps` (0: none), a cosine to `final_fraction` of the peak.
 
+    Muon (optax.contrib) orthogonalises the momentum, with decay `momentum`, of every kernel; biases and norms are
+    trained beside it by AdamW with Nesterov's momentum, at the same learning rate.
+    """
+
+    kind: Kind = "adamw"
     learning_rate: float
     warmup_steps: int = 0
     decay_steps: int = 0
@@ -19,10 +31,13 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UserError(f"optimizer: kind must be one of {', '.join(get_args(Kind))}, not {self.kind!r}.")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise UserError(f"optimizer: learning_rate and clip_norm must be above 0, not {self.learning_rate} and {self.clip_norm}.")
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
@@ -41,10 +56,39 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW; biases, norms and other vectors are not decayed."""
+    """Clipping by the global norm, then the optimizer; only kernels are decayed."""
+    schedule = make_schedule(config)
+    if config.kind == "adamw":
+        chosen = optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=lambda tree: _map(_is_kernel, tree)
+        )
+    else:
+        chosen = muon(
+            schedule,
+            beta=config.momentum,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=lambda tree: _map(_matrix_axes, tree),
+            consistent_rms=MUON_RMS,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
 
-    def decayed(params: optax.Params) -> optax.Params:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    adamw = optax.adamw(make_schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+def _map(function: Callable[[str, Any], Any], tree: optax.Params) -> Any:
+    """`function` of the name and the array of each parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, p: function(path[-1].key, p), tree)
+
+
+def _is_kernel(name: str, param: Any) -> bool:
+    """By name, since the bias of scanned layers has two axes too."""
+    return name == "kernel"
+
+
+def _matrix_axes(name: str, param: Any) -> MuonDimensionNumbers | None:
+    """How a kernel is a matrix: [in, out], with an axis of scanned layers [layer, in, out], or a convolution's [t, y, x, in, out]."""
+    if not _is_kernel(name, param):
+        return None
+    inputs = {2: 0, 3: 1, 5: (0, 1, 2, 3)}[param.ndim]
+    return MuonDimensionNumbers(reduction_axis=inputs, output_axis=param.ndim - 1)

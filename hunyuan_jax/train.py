@@ -25,7 +25,7 @@ from hunyuan_jax.data.dataset import open_dataset, write_json
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
-from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings, path_of, replicated
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.tasks import make_task
 from hunyuan_jax.tasks.task import Task
@@ -144,17 +144,18 @@ def make_state(task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters by their table; what the optimizer keeps for a parameter like that parameter; counters everywhere."""
+    """Parameters by their table; what the optimizer keeps for a parameter like that parameter; the rest whole everywhere."""
     by_params, whole = param_shardings(state.params, mesh), replicated(mesh)
-    structure = str(jax.tree.structure(state.params))
+    known = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    places = {path_of(path): place for path, place in jax.tree_util.tree_leaves_with_path(by_params)}
 
-    def like_params(node: Any) -> bool:
-        return str(jax.tree.structure(node)) == structure
+    def place(path: Any, leaf: Any) -> Any:
+        """The optimizer's path to an array that belongs to a parameter ends with that parameter's path."""
+        names = path_of(path).split("/")
+        owners = ("/".join(names[start:]) for start in range(len(names)))
+        return next((places[name] for name in owners if known.get(name) == leaf.shape), whole)
 
-    def place(node: Any) -> Any:
-        return by_params if like_params(node) else jax.tree.map(lambda _: whole, node)
-
-    opt_state = jax.tree.map(place, state.opt_state, is_leaf=like_params)
+    opt_state = jax.tree_util.tree_map_with_path(place, state.opt_state)
     return state.replace(step=whole, skipped=whole, params=by_params, ema=by_params, opt_state=opt_state)  # type: ignore[attr-defined]
 
 
