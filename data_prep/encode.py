@@ -34,7 +34,7 @@ from hunyuan_jax.models.vae import VAEConfig, abstract_params
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.video_io import read_video
 
-FORMAT = 1  # part of every fingerprint; raised when the same inputs would give other records
+FORMAT = 2  # part of every fingerprint; raised when the same inputs would give other records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class EncodeConfig:
     """What is encoded: buckets, the text side, and the caption fields of each prompt variant.
 
     With `measure_scale` the latents' standard deviation over the first `scale_clips` clips sets the VAE's scaling_factor;
-    without it the factor of the VAE's own config is kept, as released weights need it.
+    without it the factor of the VAE's own config is kept, as released weights need it. `measure_text` normalises the text states
+    by their statistics over all prompts, as random towers need it and trained ones do not.
     """
 
     buckets: tuple[Any, ...]
@@ -50,6 +51,7 @@ class EncodeConfig:
     prompts: tuple[tuple[str, ...], ...] = (("short",),)
     clips_per_shard: int = 512
     measure_scale: bool = False
+    measure_text: bool = False
     scale_clips: int = 64
 
 
@@ -69,6 +71,10 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
     codec = Codec(vae[0], jax.tree.map(jnp.asarray, vae[1]), text)
     if config.measure_scale:
         codec = dataclasses.replace(codec, vae=dataclasses.replace(codec.vae, scaling_factor=_measure_scale(clips, codec, buckets, config)))
+    prompts = {n: [make_prompt(row_caption(row), fields) for fields in config.prompts] for n, row in enumerate(clips.rows)}
+    distinct = sorted({prompt for variants in prompts.values() for prompt in variants})
+    if config.measure_text:
+        codec = codec.with_text_statistics(distinct)
     codec.save(output / "codec")
     made_from = {
         "format": FORMAT,
@@ -77,8 +83,7 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
     }
     pieces = plan_pieces(clips, buckets, made_from, clips_per_shard=config.clips_per_shard)
-    prompts = {n: [make_prompt(row_caption(row), fields) for fields in config.prompts] for n, row in enumerate(clips.rows)}
-    states = _encode_prompts(codec, sorted({prompt for variants in prompts.values() for prompt in variants}))
+    states = dict(zip(distinct, codec.encode_prompts(distinct), strict=True))
 
     encoder = jax.jit(lambda frames: codec.encode_frames(frames))
     rows: list[dict[str, Any]] = []
@@ -146,10 +151,6 @@ def _batches(frames: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
     """Batches of one size, the last one filled up with its last clip."""
     groups = [frames[i : i + size] for i in range(0, len(frames), size)]
     return [group + [group[-1]] * (size - len(group)) for group in groups]
-
-
-def _encode_prompts(codec: Codec, prompts: Sequence[str]) -> dict[str, records.TextStates]:
-    return dict(zip(prompts, codec.encode_prompts(prompts), strict=True))
 
 
 def _encode_piece(

@@ -1,7 +1,7 @@
 """What stands between the world and the DiT: the VAE for frames and the text tower for prompts, kept as one folder.
 
     FOLDER/vae/        config.json and weights in the released layout; its scaling_factor brings latents to unit variance
-    FOLDER/text.json   the tower's sizes, its seed, the template and the number of tokens kept
+    FOLDER/text.json   the tower's sizes, its seed, the template, the number of tokens kept, and statistics of its states
 
 Encoding writes the codec beside the latents, training copies it beside its checkpoints, and generation reads it there: a model
 is never used with another codec than the one it was trained on.
@@ -10,7 +10,7 @@ is never used with another codec than the one it was trained on.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
 from hunyuan_jax.settings import build
 
 BOS, EOS, PAD = 256, 257, 258  # the byte tokenizer's ids above the 256 bytes
+PROMPTS_AT_ONCE = 64
+STATISTICS = ("txt_mean", "txt_std", "pooled_mean", "pooled_std")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,24 +39,34 @@ class TextConfig:
 
     The tower reads the whole template; the states of what stands before the prompt are cut off, and at most `max_tokens` of the
     rest are kept, the end-of-text token included where it fits. Weights are random, by `seed`.
+
+    `statistics`, by channel, are what states are normalised by: those of a random tower are nearly the same for all prompts, and
+    a model would spend its first hundreds of steps on learning to tell them apart. Empty leaves states as the tower gives them.
     """
 
     tower: Mapping[str, Any]
     template: str
     max_tokens: int
     seed: int = 0
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of STATISTICS, a float per channel
 
     def __post_init__(self) -> None:
         if self.template.count("{}") != 1 or self.max_tokens < 1:
             raise UserError(
                 f"text: the template needs exactly one {{}} and max_tokens at least 1, not {self.template!r}, {self.max_tokens}."
             )
+        if self.statistics and {name: len(values) for name, values in self.statistics.items()} != dict.fromkeys(STATISTICS, self.width):
+            raise UserError(f"text: statistics needs {', '.join(STATISTICS)}, of {self.width} values each.")
         if self.tower_config.vocab_size <= PAD:
             raise UserError(f"text: the byte tokenizer needs a vocabulary of {PAD + 1}, not {self.tower_config.vocab_size}.")
 
     @property
     def tower_config(self) -> TextTowerConfig:
         return build(TextTowerConfig, self.tower, where="text.tower")
+
+    @property
+    def width(self) -> int:
+        return self.tower_config.width
 
     @property
     def crop_start(self) -> int:
@@ -89,17 +101,35 @@ class Codec:
     def _tower(self) -> Any:
         return jax.jit(lambda params, tokens, mask: TextTower(self.text.tower_config).apply({"params": params}, tokens, mask))
 
-    def encode_prompts(self, prompts: Sequence[str], *, batch: int = 64) -> list[TextStates]:
+    def encode_prompts(self, prompts: Sequence[str]) -> list[TextStates]:
         """The text states of prompts: the valid tokens after the crop, and the state of the last one as the pooled vector."""
-        out: list[TextStates] = []
-        for start in range(0, len(prompts), batch):
-            group = list(prompts[start : start + batch])
-            padded = group + [""] * (batch - len(group))  # one shape, one compilation
-            tokens, mask = self.text.tokenize(padded)
-            states = np.asarray(self._tower(self.text_params, tokens, mask)).astype(ml_dtypes.bfloat16)
-            for prompt, row, valid in zip(group, states, mask.sum(axis=1), strict=False):
-                out.append(TextStates(prompt=prompt, txt=row[self.text.crop_start : valid], pooled=row[valid - 1]))
+        normal = {name: np.asarray(values, np.float32) for name, values in self.text.statistics.items()}
+        out = []
+        for prompt, txt, pooled in self._states(prompts):
+            if normal:
+                txt = (txt - normal["txt_mean"]) / normal["txt_std"]
+                pooled = (pooled - normal["pooled_mean"]) / normal["pooled_std"]
+            out.append(TextStates(prompt=prompt, txt=txt.astype(ml_dtypes.bfloat16), pooled=pooled.astype(ml_dtypes.bfloat16)))
         return out
+
+    def _states(self, prompts: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Each prompt with its states [L, D] and their last one, in float32, as the tower gives them."""
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            group = list(prompts[start : start + PROMPTS_AT_ONCE])
+            tokens, mask = self.text.tokenize(group + [""] * (PROMPTS_AT_ONCE - len(group)))  # one shape, one compilation
+            states = np.asarray(self._tower(self.text_params, tokens, mask), np.float32)
+            for prompt, row, valid in zip(group, states, mask.sum(axis=1), strict=False):
+                yield prompt, row[self.text.crop_start : valid], row[valid - 1]
+
+    def with_text_statistics(self, prompts: Sequence[str]) -> "Codec":
+        """This codec with the statistics of its states over `prompts`, which must not all be alike."""
+        _, txts, pooled = zip(*self._states(prompts), strict=True)
+        arrays = {"txt": np.concatenate(txts), "pooled": np.stack(pooled)}
+        measured = {f"{name}_{what}": getattr(x, what)(axis=0) for name, x in arrays.items() for what in ("mean", "std")}
+        if not all(np.all(np.isfinite(v)) and (v.min() > 0 or "mean" in name) for name, v in measured.items()):
+            raise UserError(f"text: the states of {len(set(prompts))} different prompts do not vary; more captions are needed.")
+        statistics = {name: tuple(round(float(v), 6) for v in values) for name, values in measured.items()}
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, statistics=statistics))
 
     def encode_frames(self, frames: Float[Array, "B T H W 3"]) -> Posterior:
         posterior: Any = VAE(self.vae).apply({"params": self.vae_params}, frames, method="encode")

@@ -87,7 +87,7 @@ class T2VTask:
         model = build(DiTConfig, config.model, where="model")
         folder = dataset.folder / "codec"
         codec = load_codec(folder)
-        width = codec.text.tower_config.width
+        width = codec.text.width
         if (model.text_dim, model.pooled_dim, model.in_channels) != (width, width, codec.vae.latent_channels):
             raise UserError(
                 f"model: text_dim, pooled_dim and in_channels are {model.text_dim}, {model.pooled_dim} and {model.in_channels}, but the "

@@ -1,0 +1,66 @@
+"""Laws of the text side of the codec: tokens, the crop, statistics, and that a saved codec encodes as before."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from hunyuan_jax.codec import BOS, EOS, STATISTICS, Codec, TextConfig, load_codec
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.vae import VAE, VAEConfig
+from hunyuan_jax.settings import build
+
+PROMPTS = ("a red circle moving left", "a blue square", "a green cross standing still", "something else: é")
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    vae = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
+    params = jax.jit(lambda key: VAE(vae).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
+    return Codec(vae, params, build(TextConfig, quickstart.get_config("encode").text, where="text"))
+
+
+def test_tokens_are_the_bytes_of_the_template_and_the_states_before_the_prompt_are_cut_off(codec):
+    tokens, mask = codec.text.tokenize(["é"])
+    assert tokens[0, mask[0]].tolist() == [BOS, *b"Video: \xc3\xa9", EOS]
+    (states,) = codec.encode_prompts(["é"])
+    assert len(states.txt) == 3  # two bytes and the end of text
+    np.testing.assert_array_equal(states.txt[-1], states.pooled)
+
+
+def test_with_statistics_states_have_mean_0_and_variance_1_over_the_prompts(codec):
+    states = codec.with_text_statistics(PROMPTS).encode_prompts(PROMPTS)
+    for values in (np.concatenate([s.txt for s in states]), np.stack([s.pooled for s in states])):
+        values = values.astype(np.float64)
+        np.testing.assert_allclose(values.mean(axis=0), 0, atol=5e-3)  # bfloat16
+        np.testing.assert_allclose(values.std(axis=0), 1, atol=5e-3)
+
+
+def test_statistics_only_shift_and_scale(codec):
+    plain, normal = codec.encode_prompts(PROMPTS), codec.with_text_statistics(PROMPTS)
+    said = {name: np.asarray(normal.text.statistics[name]) for name in STATISTICS}
+    for before, after in zip(plain, normal.encode_prompts(PROMPTS), strict=True):
+        undone = after.txt.astype(np.float64) * said["txt_std"] + said["txt_mean"]
+        np.testing.assert_allclose(undone, before.txt.astype(np.float64), rtol=0.02, atol=0.02)
+
+
+def test_a_saved_codec_encodes_as_before(codec, tmp_path):
+    normal = codec.with_text_statistics(PROMPTS)
+    normal.save(tmp_path)
+    there = load_codec(tmp_path)
+    assert there.text.statistics == normal.text.statistics
+    for a, b in zip(normal.encode_prompts(PROMPTS), there.encode_prompts(PROMPTS), strict=True):
+        np.testing.assert_array_equal(a.txt, b.txt)
+        np.testing.assert_array_equal(a.pooled, b.pooled)
+
+
+def test_prompts_that_are_all_alike_have_no_statistics(codec):
+    with pytest.raises(UserError, match="1 different prompts do not vary"):
+        codec.with_text_statistics(["a", "a"])
+
+
+def test_statistics_of_another_width_are_refused(codec):
+    with pytest.raises(UserError, match="of 64 values each"):
+        dataclasses.replace(codec.text, statistics=dict.fromkeys(STATISTICS, [1.0] * 63))
