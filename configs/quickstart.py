@@ -1,7 +1,8 @@
 """The shapes world: everything tiny, the same code as the 13B run. The argument picks the part.
 
 vae                a few more steps for the small VAE that lies in configs/shapes_vae (minutes on 2 CPU cores)
-vae_from_scratch   the whole training of that VAE (an hour or two on 2 CPU cores)
+vae_first          the training of that VAE from nothing, mostly on small crops (half an hour on 2 CPU cores)
+vae_finish         its second half, on whole frames; starts from the first, exported (half an hour on 2 CPU cores)
 encode             how clips become latents and text states
 t2v                a small DiT: 9 frames of 64 x 64 pixels, minutes on 2 CPU cores
 t2v_long           17 frames of 64 x 64 pixels, at most 2 hours on 2 CPU cores
@@ -11,9 +12,10 @@ python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR --c
 
 from ml_collections import ConfigDict
 
+WHOLE = {"frames": 9, "height": 64, "width": 64, "batch": 1}  # a clip in the shape that the quickstart generates
+
 
 def _vae(steps: int) -> ConfigDict:
-    video = {"frames": 9, "height": 64, "width": 64, "intervals": (1, 2)}
     return ConfigDict(
         {
             "task": "vae",
@@ -26,16 +28,7 @@ def _vae(steps: int) -> ConfigDict:
                 "convolution": "planes",
             },
             "loss": {"kl_weight": 1e-6},
-            "data": {
-                "path": "",
-                "kind": "Clip",
-                "buckets": (
-                    {"frames": 9, "height": 32, "width": 32, "intervals": (1, 2), "resize": (64, 64), "batch": 4, "share": 5.0},
-                    {**video, "batch": 1, "share": 2.0},
-                    {"frames": 17, "height": 64, "width": 64, "batch": 1, "share": 0.5},
-                    {"frames": 1, "height": 64, "width": 64, "batch": 8, "share": 1.0},
-                ),
-            },
+            "data": {"path": "", "kind": "Clip", "buckets": ()},
             "optimizer": {"learning_rate": 6e-4, "warmup_steps": 100, "decay_steps": steps, "final_fraction": 0.02, "b2": 0.99},
             "ema": {"decay": 0.998},
             "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
@@ -49,6 +42,42 @@ def _vae(steps: int) -> ConfigDict:
             },
         }
     )
+
+
+def _vae_first() -> ConfigDict:
+    """Crops of a quarter of the frame, four at once, see more clips in the same time than whole frames do."""
+    config = _vae(8000)
+    config.data.buckets = (
+        {"frames": 9, "height": 32, "width": 32, "intervals": (1, 2), "resize": (64, 64), "batch": 4, "share": 5.0},
+        {**WHOLE, "intervals": (1, 2), "share": 2.0},
+        {"frames": 17, "height": 64, "width": 64, "batch": 1, "share": 0.5},
+        {"frames": 1, "height": 64, "width": 64, "batch": 8, "share": 1.0},
+    )
+    return config
+
+
+def _vae_finish() -> ConfigDict:
+    """Whole frames, mostly every second one, as the quickstart generates them; at a lower rate than the first half."""
+    config = _vae(6000)
+    config.data.buckets = (
+        {**WHOLE, "intervals": (2,), "share": 4.0},
+        {**WHOLE, "intervals": (1, 2), "share": 1.0},
+        {"frames": 17, "height": 64, "width": 64, "batch": 1, "share": 1.0},
+        {"frames": 1, "height": 64, "width": 64, "batch": 8, "share": 0.5},
+    )
+    config.optimizer.learning_rate = 4e-4
+    return config
+
+
+def _vae_further() -> ConfigDict:
+    """A short continuation of the carried weights, at a low learning rate."""
+    config = _vae(40)
+    config.start = "configs/shapes_vae"
+    config.data.buckets = ({**WHOLE, "intervals": (2,)},)
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_steps = 5
+    config.train.update({"log_every": 5, "checkpoint_every": 20, "measure_every": 40, "preview_every": 40})
+    return config
 
 
 def _encode(frames: int, interval: int) -> ConfigDict:
@@ -76,6 +105,7 @@ def _encode(frames: int, interval: int) -> ConfigDict:
             "prompts": (("short",),),
             "clips_per_shard": 512,
             "measure_scale": True,
+            "measure_text": True,
         }
     )
 
@@ -122,20 +152,10 @@ def _t2v(frames: int, interval: int, steps: int) -> ConfigDict:
     )
 
 
-def _vae_further(steps: int) -> ConfigDict:
-    """A short continuation of the carried weights, at a low learning rate, on whole clips only."""
-    config = _vae(steps)
-    config.start = "configs/shapes_vae"
-    config.data.buckets = tuple(b for b in config.data.buckets if b["frames"] == 9 and b["height"] == 64)
-    config.optimizer.learning_rate = 2e-5
-    config.optimizer.warmup_steps = 5
-    config.train.update({"log_every": 5, "checkpoint_every": 20, "measure_every": steps, "preview_every": steps})
-    return config
-
-
 PARTS = {
-    "vae": lambda: _vae_further(40),
-    "vae_from_scratch": lambda: _vae(8000),
+    "vae": _vae_further,
+    "vae_first": _vae_first,
+    "vae_finish": _vae_finish,
     "encode": lambda: _encode(9, 2),
     "encode_long": lambda: _encode(17, 1),
     "t2v": lambda: _t2v(9, 2, 1200),

@@ -44,15 +44,57 @@ class Step:
     expected_seconds: float
 
 
+def _train(part: str, name: str, data: str, *more: str) -> tuple[str, ...]:
+    """The arguments of a training: part of configs/quickstart.py, the run's folder, the data's folder."""
+    config = f"--config=configs/quickstart.py:{part}"
+    return ("hunyuan_jax.train", config, "--workdir", f"{{run}}/{name}", f"--config.data.path={{run}}/{data}", *more)
+
+
+def _vae_steps(*, from_scratch: bool) -> tuple[Step, ...]:
+    """Either a few steps further from the carried weights, or the two halves of the training that made them."""
+    if not from_scratch:
+        return (
+            Step(
+                name="vae",
+                says="Training the VAE a few steps further",
+                arguments=_train("vae", "vae", "clips"),
+                leaves="vae/checkpoints",
+                expected_seconds=43,
+            ),
+        )
+    return (
+        Step(
+            name="vae_first",
+            says="Training the VAE from nothing, first half",
+            arguments=_train("vae_first", "vae_first", "clips"),
+            leaves="vae_first/checkpoints",
+            expected_seconds=2000,
+        ),
+        Step(
+            name="vae_export",
+            says="Exporting it, for the second half to start from",
+            arguments=("hunyuan_jax.export", "--checkpoint", "{run}/vae_first", "--output", "{run}/vae_exported", "--dtype", "bf16"),
+            leaves="vae_exported/config.json",
+            expected_seconds=10,
+        ),
+        Step(
+            name="vae",
+            says="Training the VAE, second half",
+            arguments=_train("vae_finish", "vae", "clips", "--config.start={run}/vae_exported"),
+            leaves="vae/checkpoints",
+            expected_seconds=2000,
+        ),
+    )
+
+
 def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
-    vae = "vae_from_scratch" if from_scratch else "vae"
     return (
         Step(
             name="raw",
             says="Drawing raw videos of the shapes world, 2000 shots in all",
             arguments=("data_prep.shapes_world", "--output", "{run}/raw", "--clips", "2000", "--seed", "0", "--workers", "2"),
             leaves="raw/prompts.jsonl",
-            expected_seconds=60,
+            expected_seconds=17,
         ),
         Step(
             name="clips",
@@ -62,21 +104,9 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 *("--config", "configs/curation.py", "--workers", "2"),
             ),
             leaves="clips/dataset.json",
-            expected_seconds=90,
+            expected_seconds=34,
         ),
-        Step(
-            name="vae",
-            says="Training the VAE from nothing; this takes hours" if from_scratch else "Training the VAE a few steps further",
-            arguments=(
-                "hunyuan_jax.train",
-                f"--config=configs/quickstart.py:{vae}",
-                "--workdir",
-                "{run}/vae",
-                "--config.data.path={run}/clips",
-            ),
-            leaves="vae/checkpoints",
-            expected_seconds=5400 if from_scratch else 60,
-        ),
+        *_vae_steps(from_scratch=from_scratch),
         Step(
             name="latents",
             says="Encoding clips and captions",
@@ -90,13 +120,7 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
         Step(
             name="t2v",
             says="Training the diffusion transformer by flow matching",
-            arguments=(
-                "hunyuan_jax.train",
-                "--config=configs/quickstart.py:t2v",
-                "--workdir",
-                "{run}/t2v",
-                "--config.data.path={run}/latents",
-            ),
+            arguments=_train("t2v", "t2v", "latents"),
             leaves="t2v/checkpoints",
             expected_seconds=300,
         ),
