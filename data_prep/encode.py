@@ -132,7 +132,8 @@ def _manifest_row(clip: dict[str, Any], piece: Piece, index: int) -> dict[str, A
 
 def _fit(clip: records.Clip | records.Latent, bucket: Bucket) -> np.ndarray:
     assert isinstance(clip, records.Clip)
-    return fit_to_bucket(read_video(clip.video).frames, bucket)
+    needed = max(bucket.span(interval) for interval in bucket.intervals)
+    return fit_to_bucket(read_video(clip.video, max_frames=needed).frames, bucket)
 
 
 def _measure_scale(clips: Dataset, codec: Codec, buckets: Sequence[Bucket], config: EncodeConfig) -> float:

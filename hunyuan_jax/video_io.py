@@ -105,6 +105,7 @@ def _packets(container: av.container.InputContainer, stream: av.video.stream.Vid
 def _decode(container: av.container.InputContainer, stream: av.video.stream.VideoStream, name: str, limit: int | None) -> _Decoding:
     """Decodes up to `limit` pictures. A packet that does not decode is counted and skipped."""
     seen = _Decoding(pictures=[])
+    to_rgb = av.video.reformatter.VideoReformatter()  # making one, or threads for it, costs more than a picture
     size = 0
     for packet in _packets(container, stream):
         seen.packets += bool(packet.size)
@@ -122,7 +123,7 @@ def _decode(container: av.container.InputContainer, stream: av.video.stream.Vide
                 raise MediaError(f"{name} decodes to more than {MAX_BYTES / 2**30:.0f} GiB of frames. Cut it, or read fewer frames.")
             if seen.pictures and seen.pictures[0].shape[:2] != (frame.height, frame.width):
                 raise MediaError(f"{name} changes its frame size after {len(seen.pictures)} frames. Convert it to one size first.")
-            seen.pictures.append(frame.to_ndarray(format="rgb24"))
+            seen.pictures.append(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
             _note_times(seen, frame)
     seen.finished = True
     return seen
