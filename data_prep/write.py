@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.split import Shot, pictures
 from hunyuan_jax.data import records
 from hunyuan_jax.data.dataset import replacing, write_shard
-from hunyuan_jax.errors import explain_os_error
+from hunyuan_jax.errors import explain_disk_error
 from hunyuan_jax.video_io import MediaError, encode_mp4
 
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ class CutClips(beam.DoFn):
                 yield dataclasses.replace(shot, height=clip.height, width=clip.width)
         except OSError as error:
             # A full disk ends the job with a word about the disk; anything else is the file's fault.
-            if explain_os_error(error) is not None:
+            if explain_disk_error(error) is not None:
                 raise
             raise MediaError(f"It cannot be cut ({error}).") from error
         finally:

@@ -6,6 +6,7 @@ bug of ours still ends in a traceback.
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -22,13 +23,20 @@ _DISK_ERRORS = {
 }
 
 
-def explain_os_error(error: OSError) -> str | None:
-    """The sentence for an operating-system error a user can mend, or None for one that points to a bug."""
-    said = _DISK_ERRORS.get(error.errno or 0)
-    if said is None:
-        return None
-    where = f" at {error.filename}" if error.filename else ""
-    return f"{said}{where}. Free some space or choose another folder, then run the same command again; it continues."
+def explain_disk_error(error: BaseException) -> str | None:
+    """The sentence for an error of the disk that a user can mend, or None for one that points to a bug.
+
+    The libraries that write shards and checkpoints are in C++ and hand such an error on as text, within errors of their own.
+    """
+    chain: BaseException | None = error
+    while chain is not None:
+        for number, said in _DISK_ERRORS.items():
+            if (isinstance(chain, OSError) and chain.errno == number) or os.strerror(number) in str(chain):
+                name = getattr(chain, "filename", None)
+                where = f" at {name}" if name else ""
+                return f"{said}{where}. Free some space or choose another folder, then run the same command again; it continues."
+        chain = chain.__cause__ or chain.__context__
+    return None
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
@@ -38,12 +46,14 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        said = explain_os_error(error)
+    except Exception as error:
+        said = explain_disk_error(error)
         if said is None:
             raise
         print(f"error: {said}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # at once: threads that still write checkpoints would say the same again, with tracebacks
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,7 @@ The recipe in time order: configuration, mesh, data, task, state, restore, loop.
 from the newest checkpoint, with the same samples and the same noise as if it had never stopped; a finished run says so.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,9 +80,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     optimizer = make_optimizer(optimizer_config)
     key = jax.random.key(config.seed)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, keep=loop.keep)) as checkpoints:
         state = make_state(task, optimizer, key=key, mesh=mesh)
-        checkpoints = Checkpoints(workdir, keep=loop.keep)
         batches = loader.Loader(data_config, schedule, dataset, sharding=batch_sharding(mesh), steps=loop.steps)
         if checkpoints.latest() is not None:
             state, position = checkpoints.restore(abstract_like(state))
@@ -126,7 +126,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 checkpoints.save(done, state, data=batches.state())
         bar.close()
         checkpoints.wait()
-        checkpoints.close()
         writer.close()
     logging.info("%s: trained to step %d", workdir, loop.steps)
 

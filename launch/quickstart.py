@@ -59,7 +59,7 @@ def _vae_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 says="Training the VAE a few steps further",
                 arguments=_train("vae", "vae", "clips"),
                 leaves="vae/checkpoints",
-                expected_seconds=43,
+                expected_seconds=55,
             ),
         )
     return (
@@ -91,10 +91,10 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
     return (
         Step(
             name="raw",
-            says="Drawing raw videos of the shapes world, 2000 shots in all",
-            arguments=("data_prep.shapes_world", "--output", "{run}/raw", "--clips", "2000", "--seed", "0", "--workers", "2"),
+            says="Drawing raw videos of the shapes world, 1500 shots in all",
+            arguments=("data_prep.shapes_world", "--output", "{run}/raw", "--clips", "1500", "--seed", "0", "--workers", "2"),
             leaves="raw/prompts.jsonl",
-            expected_seconds=17,
+            expected_seconds=18,
         ),
         Step(
             name="clips",
@@ -104,7 +104,7 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 *("--config", "configs/curation.py", "--workers", "2"),
             ),
             leaves="clips/dataset.json",
-            expected_seconds=34,
+            expected_seconds=38,
         ),
         *_vae_steps(from_scratch=from_scratch),
         Step(
@@ -115,14 +115,14 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 *("--config", "configs/quickstart.py:encode"),
             ),
             leaves="latents/dataset.json",
-            expected_seconds=60,
+            expected_seconds=72,
         ),
         Step(
             name="t2v",
             says="Training the diffusion transformer by flow matching",
             arguments=_train("t2v", "t2v", "latents"),
             leaves="t2v/checkpoints",
-            expected_seconds=300,
+            expected_seconds=420,
         ),
         Step(
             name="videos",
@@ -137,7 +137,7 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 "{run}/videos",
             ),
             leaves="videos/index.json",
-            expected_seconds=30,
+            expected_seconds=36,
         ),
         Step(
             name="evaluation",
@@ -147,14 +147,14 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 *("--videos", "{run}/videos", "--output", "{run}/evaluation.json"),
             ),
             leaves="evaluation.json",
-            expected_seconds=30,
+            expected_seconds=29,
         ),
         Step(
             name="report",
             says="Writing the report",
             arguments=("hunyuan_jax.report", "--run", "{run}"),
             leaves="report.html",
-            expected_seconds=5,
+            expected_seconds=2,
         ),
     )
 

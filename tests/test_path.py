@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,9 +69,9 @@ def trained(world, tmp_path_factory) -> Path:
 def test_latents_hold_every_clip_in_every_bucket_it_fits(world):
     clips, latents = open_dataset(world / "clips", kind="Clip"), open_dataset(world / "latents", kind="Latent")
     names = {row["id"] for row in latents.rows}
-    assert names == {f"{row['id']}/{bucket}" for row in clips.rows for bucket in ("9x64x64", "1x64x64")}
+    assert names == {f"{row['id']}/{bucket}" for row in clips.rows for bucket in ("13x64x64", "1x64x64")}
     record = latents.read([0])[0]
-    assert record.mean.shape == (3, 8, 8, 16)
+    assert record.mean.shape == (4, 8, 8, 16)
     assert record.texts[0].prompt == json.loads(clips.rows[0]["caption"])["short"]
 
 
@@ -101,19 +102,19 @@ def test_resumed_run_equals_uninterrupted_run(world, trained, tmp_path):
 def test_generated_videos_do_not_depend_on_the_batch_and_can_be_scored(world, trained, tmp_path):
     model = generate.load_model(trained)
     prompts = ["a red circle moving left", "", "ein blaues Quadrat \N{SNOWMAN}"]
-    size = (9, 64, 64)
+    size = (13, 64, 64)
     one_by_one, at_once = (
         list(generate.generate(model, prompts, sampling=model.task.sampling, seed=1, batch=batch, size=size)) for batch in (1, 3)
     )
     for alone, together in zip(one_by_one, at_once, strict=True):
-        assert alone.shape == (9, 64, 64, 3)
+        assert alone.shape == (13, 64, 64, 3)
         assert np.abs(alone.astype(int) - together).max() <= 1
     (tmp_path / "prompts.jsonl").write_text((world / "raw" / "prompts.jsonl").read_text()[:2000].rsplit("\n", 1)[0])
     command(
         "hunyuan_jax.generate", "--checkpoint", str(trained), "--prompts", f"{tmp_path}/prompts.jsonl", "--output", f"{tmp_path}/videos"
     )
     index = json.loads((tmp_path / "videos" / "index.json").read_text())
-    assert read_video(tmp_path / "videos" / index[0]["file"]).frames.shape == (9, 64, 64, 3)
+    assert read_video(tmp_path / "videos" / index[0]["file"]).frames.shape == (13, 64, 64, 3)
     arguments = ("--checkpoint", str(trained), "--latents", f"{world}/latents", "--clips", f"{world}/clips", "--held_out", "0.3")
     command("hunyuan_jax.evaluate", *arguments, "--videos", f"{tmp_path}/videos", "--output", f"{tmp_path}/evaluation.json")
     figures = json.loads((tmp_path / "evaluation.json").read_text())
@@ -157,6 +158,38 @@ def test_what_a_user_gets_wrong_ends_in_one_line_and_exit_code_2(arguments, says
     assert says in said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_full_disk_ends_in_one_line_and_nothing_is_taken_for_whole(world, tmp_path):
+    """In a name space of its own, on a file system of a few hundred KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    inside = 'mount -t tmpfs -o size="$2" tmpfs "$1" && shift 2 && "$@"'
+
+    def on_small_disk(size: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        call = ["unshare", "-rm", "bash", "-c", inside, "bash", str(place), size, *arguments]
+        return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+    if not shutil.which("unshare") or on_small_disk("1m", "true").returncode:
+        pytest.skip("This system lets no user mount a small file system (unshare -rm), so a full disk cannot be made.")
+    raw = ("data_prep.shapes_world", "--output", f"{place}/raw", "--clips", "400", "--workers", "1")
+    latents = ("data_prep.encode", "--clips", f"{world}/clips", "--vae", f"{world}/random_vae", "--output", f"{place}/latents")
+    latents += ("--config=configs/quickstart.py:encode",)
+    training = ("hunyuan_jax.train", "--config=configs/quickstart.py:t2v", "--workdir", f"{place}/run", "--config.train.steps=2")
+    training += (f"--config.data.path={world}/latents", "--config.data.held_out=0.3", "--config.train.preview_every=0")
+    training += ("--config.train.measure_every=0", "--config.model.num_double_blocks=1", "--config.model.num_single_blocks=1")
+    for arguments, size, whole in (
+        (raw, "1m", "raw/world.json"),
+        (latents, "300k", "latents/dataset.json"),
+        (training, "1m", "run/checkpoints/2"),
+    ):
+        check = f'"$@"; code=$?; test ! -e {place}/{whole} || echo WHOLE; exit $code'
+        done = on_small_disk(size, "bash", "-c", check, "bash", sys.executable, "-m", *arguments)
+        said = done.stdout + done.stderr
+        assert done.returncode == 2, said[-2000:]
+        assert "error: The disk is full" in said
+        assert "Traceback" not in said
+        assert "WHOLE" not in said
 
 
 def test_prompt_files_with_strange_bytes_are_refused_by_line(tmp_path):

@@ -5,6 +5,7 @@ loss = mean |DiT(x_t, t, prompt) - (noise - latents)|^2    model also learns the
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,18 @@ class T2VTask:
         )
         return self.codec.decode(euler(velocity, noise, time_grid(sampling.steps, shift=sampling.shift)))
 
+    # Compiled once for all previews.
+    @functools.cached_property
+    def _sample(self) -> Any:
+        return jax.jit(lambda params, text, noise: self.sample(params, Text(*text), noise, sampling=self.sampling))
+
+    @functools.cached_property
+    def _decode(self) -> Any:
+        return jax.jit(self.codec.decode)
+
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
         """Held-out clips as the VAE sees them, and below them what the model makes of their prompts."""
         noise = normal_like(sample_keys(key, batch), batch.mean)
-        sample = jax.jit(lambda params, text, noise: self.sample(params, Text(*text), noise, sampling=self.sampling))
-        made = sample(params, (batch.txt, batch.txt_mask, batch.pooled), noise)
-        real = jax.jit(self.codec.decode)(batch.mean * self.codec.vae.scaling_factor)
+        made = self._sample(params, (batch.txt, batch.txt_mask, batch.pooled), noise)
+        real = self._decode(batch.mean * self.codec.vae.scaling_factor)
         return {"held_out": to_uint8(np.asarray(real)), "generated": to_uint8(np.asarray(made))}

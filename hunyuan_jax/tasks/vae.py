@@ -4,6 +4,7 @@ loss = mean |decode(z) - frames| + kl_weight * KL(posterior || N(0, 1)) per late
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,11 @@ class VAETask:
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
         return {"psnr_db": psnr_db(self.reconstruct(params, batch.frames), batch.frames)}
 
+    @functools.cached_property
+    def _reconstruct(self) -> Any:
+        return jax.jit(self.reconstruct)  # compiled once for all previews
+
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
         """Held-out clips above their reconstructions."""
-        out = jax.jit(self.reconstruct)(params, batch.frames)
+        out = self._reconstruct(params, batch.frames)
         return {"reconstruction": to_uint8(np.concatenate([np.asarray(batch.frames), np.asarray(out)], axis=2))}
