@@ -1,4 +1,4 @@
-"""Many generated clips as one moving picture: `python -m hunyuan_jax.contact_sheet --videos DIR --output sheet.gif`.
+"""Many generated clips as one moving picture: `python -m hunyuan_jax.contact_sheet --videos DIR --output sheet.webp`.
 
 Takes the first clips of a folder that `generate` wrote, in the order of its index, enlarged and with their prompts below.
 """
@@ -17,8 +17,10 @@ from hunyuan_jax.video_io import read_video
 
 SCALE = 2  # of a clip's pixels
 MARGIN = 8
-TEXT_HEIGHT = 18
 TEXT_SIZE = 10
+TEXT_LINES = 2
+TEXT_HEIGHT = TEXT_LINES * (TEXT_SIZE + 3) + 2
+QUALITY = 85  # of WebP, up to 100
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -35,22 +37,28 @@ def contact_sheet(clips: list[tuple[str, UInt8[np.ndarray, "T H W 3"]]], *, colu
             left, top = MARGIN + index % columns * cell[0], MARGIN + index // columns * cell[1]
             frame = Image.fromarray(frames[min(number, len(frames) - 1)])
             sheet.paste(frame.resize((width, height), Image.Resampling.BICUBIC), (left, top))
-            draw.text((left + width / 2, top + height + 2), _fitting(prompt, font, width), INK, font, anchor="ma")
+            text = "\n".join(_wrapped(prompt, font, width))
+            draw.text((left + width / 2, top + height + 2), text, INK, font, anchor="ma", align="center", spacing=2)
         sheets.append(sheet)
     return sheets
 
 
-def _fitting(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, or as much of it as fits."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "\u2026") > width:
-        text = text[:-1]
-    return text + "\u2026"
+def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The text's words in lines that fit, as many as there is room for."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        elif len(lines) == TEXT_LINES:
+            return [*lines[:-1], lines[-1] + "\u2026"]
+        else:
+            lines.append(word)
+    return lines
 
 
 def write_contact_sheet(videos: Path, output: Path, *, count: int, columns: int) -> None:
-    """Writes the GIF of the first `count` clips in `videos`. Raises `UserError` where there are none."""
+    """Writes the animated WebP of the first `count` clips in `videos`. Raises `UserError` where there are none."""
     try:
         entries = json.loads((videos / "index.json").read_text())[:count]
         read = [(str(entry["prompt"]), read_video(videos / Path(entry["file"]).name)) for entry in entries]
@@ -61,13 +69,13 @@ def write_contact_sheet(videos: Path, output: Path, *, count: int, columns: int)
     sheets = contact_sheet([(prompt, video.frames) for prompt, video in read], columns=min(columns, len(read)))
     with replacing(output) as temporary:
         milliseconds = round(1000 / read[0][1].fps)
-        sheets[0].save(temporary, format="GIF", save_all=True, append_images=sheets[1:], duration=milliseconds, loop=0, optimize=True)
+        sheets[0].save(temporary, format="WEBP", save_all=True, append_images=sheets[1:], duration=milliseconds, loop=0, quality=QUALITY)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="hunyuan_jax.contact_sheet", description="Writes a moving picture of generated clips.")
     parser.add_argument("--videos", required=True, type=Path, metavar="DIR", help="folder that hunyuan_jax.generate wrote")
-    parser.add_argument("--output", required=True, type=Path, metavar="GIF")
+    parser.add_argument("--output", required=True, type=Path, metavar="WEBP")
     parser.add_argument("--count", type=int, default=10, help="clips shown (default: 10)")
     parser.add_argument("--columns", type=int, default=5, help="clips in a row (default: 5)")
     options = parser.parse_args(argv[1:])

@@ -28,12 +28,13 @@ def videos(tmp_path):
 
 
 def test_each_clip_stands_in_its_cell_in_every_frame(videos, tmp_path):
-    write_contact_sheet(videos, tmp_path / "sheet.gif", count=10, columns=2)
-    with Image.open(tmp_path / "sheet.gif") as sheet:
+    write_contact_sheet(videos, tmp_path / "sheet.webp", count=10, columns=2)
+    with Image.open(tmp_path / "sheet.webp") as sheet:
         assert sheet.n_frames == 4
-        assert sheet.info["duration"] == 200
         for time in range(sheet.n_frames):
             sheet.seek(time)
+            sheet.load()
+            assert sheet.info["duration"] == 200
             pixels = np.asarray(sheet.convert("RGB"))
             for number, colour in enumerate(COLOURS):
                 column, row = number % 2, number // 2
@@ -44,5 +45,5 @@ def test_each_clip_stands_in_its_cell_in_every_frame(videos, tmp_path):
 
 def test_a_folder_without_videos_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"hunyuan_jax\.generate"):
-        write_contact_sheet(tmp_path, tmp_path / "sheet.gif", count=4, columns=2)
-    assert not (tmp_path / "sheet.gif").exists()
+        write_contact_sheet(tmp_path, tmp_path / "sheet.webp", count=4, columns=2)
+    assert not (tmp_path / "sheet.webp").exists()
