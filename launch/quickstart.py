@@ -44,47 +44,33 @@ class Step:
     expected_seconds: float
 
 
-def _train(part: str, name: str, data: str, *more: str) -> tuple[str, ...]:
-    """The arguments of a training: part of configs/quickstart.py, the run's folder, the data's folder."""
+def _training(name: str, says: str, *, part: str, data: str, expected_seconds: float, more: tuple[str, ...] = ()) -> Step:
+    """A training of the part of configs/quickstart.py, in the folder `name`, on what lies in the folder `data`."""
     config = f"--config=configs/quickstart.py:{part}"
-    return ("hunyuan_jax.train", config, "--workdir", f"{{run}}/{name}", f"--config.data.path={{run}}/{data}", *more)
+    return Step(
+        name=name,
+        says=says,
+        arguments=("hunyuan_jax.train", config, "--workdir", f"{{run}}/{name}", f"--config.data.path={{run}}/{data}", *more),
+        leaves=f"{name}/checkpoints",
+        expected_seconds=expected_seconds,
+    )
 
 
 def _vae_steps(*, from_scratch: bool) -> tuple[Step, ...]:
     """Either a few steps further from the carried weights, or the two halves of the training that made them."""
     if not from_scratch:
-        return (
-            Step(
-                name="vae",
-                says="Training the VAE a few steps further",
-                arguments=_train("vae", "vae", "clips"),
-                leaves="vae/checkpoints",
-                expected_seconds=55,
-            ),
-        )
-    return (
-        Step(
-            name="vae_first",
-            says="Training the VAE from nothing, first half",
-            arguments=_train("vae_first", "vae_first", "clips"),
-            leaves="vae_first/checkpoints",
-            expected_seconds=2000,
-        ),
-        Step(
-            name="vae_export",
-            says="Exporting it, for the second half to start from",
-            arguments=("hunyuan_jax.export", "--checkpoint", "{run}/vae_first", "--output", "{run}/vae_exported", "--dtype", "bf16"),
-            leaves="vae_exported/config.json",
-            expected_seconds=10,
-        ),
-        Step(
-            name="vae",
-            says="Training the VAE, second half",
-            arguments=_train("vae_finish", "vae", "clips", "--config.start={run}/vae_exported"),
-            leaves="vae/checkpoints",
-            expected_seconds=2000,
-        ),
+        return (_training("vae", "Training the VAE a few steps further", part="vae", data="clips", expected_seconds=55),)
+    first = _training("vae_first", "Training the VAE from nothing, first half", part="vae_first", data="clips", expected_seconds=2000)
+    export = Step(
+        name="vae_export",
+        says="Exporting it, for the second half to start from",
+        arguments=("hunyuan_jax.export", "--checkpoint", "{run}/vae_first", "--output", "{run}/vae_exported", "--dtype", "bf16"),
+        leaves="vae_exported/config.json",
+        expected_seconds=10,
     )
+    start = ("--config.start={run}/vae_exported",)
+    second = _training("vae", "Training the VAE, second half", part="vae_finish", data="clips", expected_seconds=2000, more=start)
+    return (first, export, second)
 
 
 def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
@@ -117,13 +103,7 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
             leaves="latents/dataset.json",
             expected_seconds=72,
         ),
-        Step(
-            name="t2v",
-            says="Training the diffusion transformer by flow matching",
-            arguments=_train("t2v", "t2v", "latents"),
-            leaves="t2v/checkpoints",
-            expected_seconds=420,
-        ),
+        _training("t2v", "Training the diffusion transformer by flow matching", part="t2v", data="latents", expected_seconds=420),
         Step(
             name="videos",
             says="Generating a video for each held-out prompt",
