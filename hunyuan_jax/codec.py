@@ -1,6 +1,6 @@
 """What stands between the world and the DiT: the VAE for frames and the text tower for prompts, kept as one folder.
 
-    FOLDER/vae/        config.json and weights in the released layout; its scaling_factor brings latents to unit variance
+    FOLDER/vae/        config.json and weights in the released layout; its latents, times its scaling_factor, have unit variance
     FOLDER/text.json   the tower's sizes, its seed, the template, the number of tokens kept, and statistics of its states
 
 Encoding writes the codec beside the latents, training copies it beside its checkpoints, and generation reads it there: a model
@@ -25,7 +25,7 @@ from hunyuan_jax.data.dataset import sha256_of, write_json
 from hunyuan_jax.data.records import TextStates
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.text_encoders import TextTower, TextTowerConfig
-from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
+from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import build
 
 BOS, EOS, PAD = 256, 257, 258  # the byte tokenizer's ids above the 256 bytes
@@ -38,7 +38,8 @@ class TextConfig:
     """How a prompt is encoded: `template` with one `{}` for the prompt, tokenised as bytes, through a tower.
 
     The tower reads the whole template; the states of what stands before the prompt are cut off, and at most `max_tokens` of the
-    rest are kept, the end-of-text token included where it fits. Weights are random, by `seed`.
+    rest are kept, the end-of-text token included where it fits. A token is the mean of the states of `bytes_per_token` neighbouring
+    bytes, since a text has many more bytes than it has words. Weights are random, by `seed`.
 
     `statistics`, by channel, are what states are normalised by: those of a random tower are nearly the same for all prompts, and
     a model would spend its first hundreds of steps on learning to tell them apart. Empty leaves states as the tower gives them.
@@ -47,13 +48,15 @@ class TextConfig:
     tower: Mapping[str, Any]
     template: str
     max_tokens: int
+    bytes_per_token: int = 1
     seed: int = 0
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of STATISTICS, a float per channel
 
     def __post_init__(self) -> None:
-        if self.template.count("{}") != 1 or self.max_tokens < 1:
+        if self.template.count("{}") != 1 or self.max_tokens < 1 or self.bytes_per_token < 1:
             raise UserError(
-                f"text: the template needs exactly one {{}} and max_tokens at least 1, not {self.template!r}, {self.max_tokens}."
+                "text: the template needs exactly one {} and max_tokens and bytes_per_token at least 1, "
+                f"not {self.template!r}, {self.max_tokens}, {self.bytes_per_token}."
             )
         if self.statistics and {name: len(values) for name, values in self.statistics.items()} != dict.fromkeys(STATISTICS, self.width):
             raise UserError(f"text: statistics needs {', '.join(STATISTICS)}, of {self.width} values each.")
@@ -74,8 +77,8 @@ class TextConfig:
         return 1 + len(self.template.split("{}")[0].encode())
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [B, L] and their mask, padded on the right to crop_start + max_tokens and cut there."""
-        length = self.crop_start + self.max_tokens
+        """Bytes [B, L] and their mask, padded on the right to what crop and `max_tokens` take, and cut there."""
+        length = self.crop_start + self.max_tokens * self.bytes_per_token
         tokens, mask = np.full((len(prompts), length), PAD, np.int32), np.zeros((len(prompts), length), bool)
         before, after = self.template.split("{}")
         for row, prompt in enumerate(prompts):
@@ -113,13 +116,16 @@ class Codec:
         return out
 
     def _states(self, prompts: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Each prompt with its states [L, D] and their last one, in float32, as the tower gives them."""
+        """Each prompt with its tokens [L, D] and the state of its last byte, in float32, not normalised."""
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             group = list(prompts[start : start + PROMPTS_AT_ONCE])
             tokens, mask = self.text.tokenize(group + [""] * (PROMPTS_AT_ONCE - len(group)))  # one shape, one compilation
             states = np.asarray(self._tower(self.text_params, tokens, mask), np.float32)
             for prompt, row, valid in zip(group, states, mask.sum(axis=1), strict=False):
-                yield prompt, row[self.text.crop_start : valid], row[valid - 1]
+                kept = row[self.text.crop_start : valid]
+                starts = np.arange(0, len(kept), self.text.bytes_per_token)
+                sizes = np.minimum(len(kept) - starts, self.text.bytes_per_token)
+                yield prompt, np.add.reduceat(kept, starts, axis=0) / sizes[:, None], row[valid - 1]
 
     def with_text_statistics(self, prompts: Sequence[str]) -> "Codec":
         """This codec with the statistics of its states over `prompts`, which must not all be alike."""
@@ -130,10 +136,6 @@ class Codec:
             raise UserError(f"text: the states of {len(set(prompts))} different prompts do not vary; more captions are needed.")
         statistics = {name: tuple(round(float(v), 6) for v in values) for name, values in measured.items()}
         return dataclasses.replace(self, text=dataclasses.replace(self.text, statistics=statistics))
-
-    def encode_frames(self, frames: Float[Array, "B T H W 3"]) -> Posterior:
-        posterior: Any = VAE(self.vae).apply({"params": self.vae_params}, frames, method="encode")
-        return posterior
 
     def decode(self, latents: Float[Array, "B T Y X C"]) -> Float[Array, "B T2 H W 3"]:
         """Frames in [-1, 1], not clipped, of scaled latents, as the DiT makes them."""

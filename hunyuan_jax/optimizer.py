@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules from configuration: one optax chain."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -19,8 +19,9 @@ MUON_RMS = 0.2  # size of Muon's updates relative to the learning rate, about th
 class OptimizerConfig:
     """AdamW or Muon with linear warm-up and, over `decay_steps` (0: none), a cosine to `final_fraction` of the peak.
 
-    Muon (optax.contrib) orthogonalises the momentum, with decay `momentum`, of every kernel; biases and norms are
-    trained beside it by AdamW with Nesterov's momentum, at the same learning rate.
+    Muon (optax.contrib) orthogonalises the momentum, with decay `momentum`, of every kernel by `newton_schulz_steps` iterations;
+    biases, norms and the kernels whose path contains one of `not_muon` are trained beside it by AdamW with Nesterov's momentum,
+    at `adam_rate` times the learning rate. Only what Muon trains is decayed then, with AdamW alone every kernel.
     """
 
     kind: Kind = "adamw"
@@ -32,14 +33,23 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    not_muon: tuple[str, ...] = ()
+    adam_rate: float = 1.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "not_muon", tuple(self.not_muon))
         if self.kind not in get_args(Kind):
             raise UserError(f"optimizer: kind must be one of {', '.join(get_args(Kind))}, not {self.kind!r}.")
         if self.learning_rate <= 0 or self.clip_norm <= 0:
             raise UserError(f"optimizer: learning_rate and clip_norm must be above 0, not {self.learning_rate} and {self.clip_norm}.")
+        if self.newton_schulz_steps < 1 or self.adam_rate <= 0:
+            raise UserError(
+                "optimizer: newton_schulz_steps must be at least 1 and adam_rate above 0, "
+                f"not {self.newton_schulz_steps} and {self.adam_rate}."
+            )
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"optimizer: decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}, or 0 for no decay.")
 
@@ -56,7 +66,7 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimizer; only kernels are decayed."""
+    """Clipping by the global norm, then the optimizer."""
     schedule = make_schedule(config)
     if config.kind == "adamw":
         chosen = optax.adamw(
@@ -66,29 +76,32 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         chosen = muon(
             schedule,
             beta=config.momentum,
+            ns_steps=config.newton_schulz_steps,
+            preconditioning="schatten",  # reaches in three steps what the plain iteration does in five
             eps=config.eps,
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            muon_weight_dimension_numbers=lambda tree: _map(_matrix_axes, tree),
+            adam_learning_rate=lambda count: config.adam_rate * schedule(count),
+            muon_weight_dimension_numbers=lambda tree: _map(lambda path, p: _matrix_axes(path, p, config.not_muon), tree),
             consistent_rms=MUON_RMS,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
 
 
 def _map(function: Callable[[str, Any], Any], tree: optax.Params) -> Any:
-    """`function` of the name and the array of each parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, p: function(path[-1].key, p), tree)
+    """`function` of the path, such as `img_in/proj/kernel`, and the array of each parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, p: function("/".join(key.key for key in path), p), tree)
 
 
-def _is_kernel(name: str, param: Any) -> bool:
+def _is_kernel(path: str, param: Any) -> bool:
     """By name, since the bias of scanned layers has two axes too."""
-    return name == "kernel"
+    return path.split("/")[-1] == "kernel"
 
 
-def _matrix_axes(name: str, param: Any) -> MuonDimensionNumbers | None:
+def _matrix_axes(path: str, param: Any, not_muon: Sequence[str]) -> MuonDimensionNumbers | None:
     """How a kernel is a matrix: [in, out], with an axis of scanned layers [layer, in, out], or a convolution's [t, y, x, in, out]."""
-    if not _is_kernel(name, param):
+    if not _is_kernel(path, param) or any(name in path for name in not_muon):
         return None
     inputs = {2: 0, 3: 1, 5: (0, 1, 2, 3)}[param.ndim]
     return MuonDimensionNumbers(reduction_axis=inputs, output_axis=param.ndim - 1)

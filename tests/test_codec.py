@@ -19,7 +19,8 @@ PROMPTS = ("a red circle moving left", "a blue square", "a green cross standing 
 def codec() -> Codec:
     vae = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
     params = jax.jit(lambda key: VAE(vae).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
-    return Codec(vae, params, build(TextConfig, quickstart.get_config("encode").text, where="text"))
+    text = build(TextConfig, quickstart.get_config("encode").text, where="text")
+    return Codec(vae, params, dataclasses.replace(text, bytes_per_token=1, max_tokens=36))
 
 
 def test_tokens_are_the_bytes_of_the_template_and_the_states_before_the_prompt_are_cut_off(codec):
@@ -28,6 +29,18 @@ def test_tokens_are_the_bytes_of_the_template_and_the_states_before_the_prompt_a
     (states,) = codec.encode_prompts(["é"])
     assert len(states.txt) == 3  # two bytes and the end of text
     np.testing.assert_array_equal(states.txt[-1], states.pooled)
+
+
+def test_a_token_is_the_mean_of_its_bytes_and_the_last_one_of_those_that_are_left(codec):
+    grouped = dataclasses.replace(codec, text=dataclasses.replace(codec.text, bytes_per_token=3, max_tokens=5))
+    single = dataclasses.replace(codec, text=dataclasses.replace(codec.text, bytes_per_token=1, max_tokens=15))
+    for prompt in ("four", "a red circle that is too long"):
+        (few,), (many,) = grouped.encode_prompts([prompt]), single.encode_prompts([prompt])
+        states = many.txt.astype(np.float32)
+        expected = np.stack([states[i : i + 3].mean(axis=0) for i in range(0, len(states), 3)])
+        np.testing.assert_allclose(few.txt.astype(np.float32), expected, rtol=0.02, atol=0.02)
+        np.testing.assert_array_equal(few.pooled, many.pooled)
+    assert len(few.txt) == 5
 
 
 def test_with_statistics_states_have_mean_0_and_variance_1_over_the_prompts(codec):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hunyuan_jax.errors import UserError
-from hunyuan_jax.flow import TimeConfig, at_time, draw_times, flow_loss, shift_time, velocity
+from hunyuan_jax.flow import TimeConfig, at_time, draw_times, flow_loss, shift_time, velocity, velocity_from_data
 
 DATA, NOISE = np.random.default_rng(0).normal(size=(2, 3, 2, 2, 2, 4)).astype(np.float32)
 
@@ -28,6 +28,24 @@ def test_velocity_is_the_derivative_of_the_path():
     t = jnp.array([0.1, 0.5, 0.9])
     _, derivative = jax.jvp(lambda t: at_time(DATA, NOISE, t), (t,), (jnp.ones(3),))
     np.testing.assert_allclose(velocity(DATA, NOISE), derivative, atol=1e-6)
+
+
+def test_the_velocity_that_a_perfect_prediction_of_the_data_gives_is_the_velocity():
+    t = jnp.array([0.1, 0.5, 1.0])
+    np.testing.assert_allclose(
+        velocity_from_data(at_time(DATA, NOISE, t), jnp.asarray(DATA), t), velocity(DATA, NOISE), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_at_the_data_itself_its_velocity_is_finite():
+    assert np.all(np.isfinite(velocity_from_data(jnp.asarray(DATA), jnp.asarray(DATA + 1), jnp.zeros(3))))
+
+
+def test_no_time_is_drawn_below_the_least():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    free, bound = draw_times(keys, TimeConfig()), draw_times(keys, TimeConfig(least=0.4))
+    np.testing.assert_array_equal(bound, np.maximum(free, 0.4))
+    assert np.mean(bound == 0.4) > 0.1
 
 
 def test_the_loss_of_a_sample_is_its_mean_square():

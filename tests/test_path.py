@@ -19,11 +19,15 @@ from hunyuan_jax.checkpoint import load_params
 from hunyuan_jax.data.dataset import open_dataset
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.metrics import read_metrics
+from hunyuan_jax.models.dit import DiT
 from hunyuan_jax.models.vae import VAE, VAEConfig
+from hunyuan_jax.sampling import SamplingConfig
+from hunyuan_jax.tasks.t2v import encode_texts
 from hunyuan_jax.train import train
 from hunyuan_jax.video_io import read_video
 
 ROOT = Path(__file__).parents[1]
+QUICKSTART_SIZE = (13, 64, 64)  # frames, height, width
 TINY_VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, convolution="planes")
 
 
@@ -99,15 +103,32 @@ def test_resumed_run_equals_uninterrupted_run(world, trained, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_one_euler_step_of_a_model_of_the_data_lands_on_its_prediction(trained):
+    model = generate.load_model(trained)
+    assert model.task.prediction == "data"
+    text = encode_texts(model.task.codec, ["a red circle moving left"], length=9)
+    noise = generate.noise_for([0], model.task.codec.vae.latent_shape(*QUICKSTART_SIZE), seed=0)
+    sampling = SamplingConfig(steps=1, shift=1.0)
+    out = DiT(model.task.model).apply({"params": model.params}, noise, np.ones(1, np.float32), text.txt, text.mask, text.pooled)
+    frames = model.task.sample(model.params, text, noise, sampling=sampling)
+    np.testing.assert_allclose(frames, model.task.codec.decode(out), rtol=1e-3, atol=1e-3)
+
+
+def test_a_prediction_of_anything_else_is_refused(world, tmp_path):
+    config = tiny_t2v(world, 1)
+    config.prediction = "noise"
+    with pytest.raises(UserError, match="velocity, data, not 'noise'"):
+        train(config, tmp_path / "run")
+
+
 def test_generated_videos_do_not_depend_on_the_batch_and_can_be_scored(world, trained, tmp_path):
     model = generate.load_model(trained)
     prompts = ["a red circle moving left", "", "ein blaues Quadrat \N{SNOWMAN}"]
-    size = (13, 64, 64)
     one_by_one, at_once = (
-        list(generate.generate(model, prompts, sampling=model.task.sampling, seed=1, batch=batch, size=size)) for batch in (1, 3)
+        list(generate.generate(model, prompts, sampling=model.task.sampling, seed=1, batch=batch, size=QUICKSTART_SIZE)) for batch in (1, 3)
     )
     for alone, together in zip(one_by_one, at_once, strict=True):
-        assert alone.shape == (13, 64, 64, 3)
+        assert alone.shape == (*QUICKSTART_SIZE, 3)
         assert np.abs(alone.astype(int) - together).max() <= 1
     (tmp_path / "prompts.jsonl").write_text((world / "raw" / "prompts.jsonl").read_text()[:2000].rsplit("\n", 1)[0])
     command(

@@ -15,7 +15,17 @@ from flax import traverse_util
 
 from hunyuan_jax import convert
 from hunyuan_jax.errors import UserError
-from hunyuan_jax.models.vae import VAE, CausalConv, FrameCausalAttention, Posterior, VAEConfig, abstract_params, upsample_nearest
+from hunyuan_jax.models.vae import (
+    VAE,
+    CausalConv,
+    FrameCausalAttention,
+    LatentMoments,
+    Posterior,
+    VAEConfig,
+    abstract_params,
+    upsample_nearest,
+    whitened,
+)
 
 SMALL = VAEConfig(latent_channels=4, block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
 RELEASED_NAMES = Path(__file__).parents[2] / "shared" / "keys" / "keys_vae.tsv"
@@ -199,3 +209,54 @@ def test_weights_that_are_not_a_whole_vae_are_refused(tmp_path, small_params, sp
 def test_a_component_that_is_not_known_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         convert.load(tmp_path, component="vea")
+
+
+@pytest.fixture(scope="module")
+def encoded(small_params):
+    """Clips of many colours, and a function from parameters to their latents and reconstructions."""
+    clips = jnp.clip(0.5 * random(6, 5, 16, 16, 3) + random(6, 1, 1, 1, 3, seed=2), -1, 1)
+
+    @jax.jit
+    def run(params):
+        posterior = VAE(SMALL).apply({"params": params}, clips, method="encode")
+        return posterior, VAE(SMALL).apply({"params": params}, posterior.mean, method="decode")
+
+    return run, run(small_params)
+
+
+def moments_of(posterior) -> LatentMoments:
+    mean, logvar = (np.asarray(x, np.float64).reshape(-1, SMALL.latent_channels) for x in (posterior.mean, posterior.logvar))
+    return LatentMoments(mean.mean(axis=0), np.cov(mean, rowvar=False), np.exp(logvar).mean(axis=0))
+
+
+def test_whitened_latents_have_mean_0_and_are_uncorrelated_with_variance_1(small_params, encoded):
+    run, (posterior, _) = encoded
+    white = moments_of(run(whitened(small_params, moments_of(posterior), ridge=1e-9))[0])
+    np.testing.assert_allclose(white.mean, 0, atol=1e-3)
+    np.testing.assert_allclose(white.covariance, np.eye(SMALL.latent_channels), atol=5e-3)
+
+
+def test_whitening_changes_no_reconstruction_and_carries_the_posterior_along(small_params, encoded):
+    run, (posterior, frames) = encoded
+    moments = moments_of(posterior)
+    after, same_frames = run(whitened(small_params, moments, ridge=0.1))
+    np.testing.assert_allclose(same_frames, frames, rtol=1e-4, atol=1e-4 * float(jnp.abs(frames).max()))
+    # Uncertainty keeps its size relative to what the latents span, summed over channels in the eigenbasis of the covariance.
+    there = moments_of(after)
+    assert np.trace(there.covariance) == pytest.approx(SMALL.latent_channels, rel=1e-3)
+    mixed = np.cov(np.asarray(after.mean).reshape(-1, 4), np.asarray(posterior.mean).reshape(-1, 4), rowvar=False)[:4, 4:]
+    forth = mixed @ np.linalg.inv(moments.covariance)
+    np.testing.assert_allclose(there.posterior_variance, np.square(forth) @ moments.posterior_variance, rtol=1e-2)
+
+
+def test_a_ridge_keeps_small_what_hardly_varies(small_params, encoded):
+    run, (posterior, _) = encoded
+    values = np.linalg.eigvalsh(moments_of(posterior).covariance)
+    white = np.linalg.eigvalsh(moments_of(run(whitened(small_params, moments_of(posterior), ridge=0.5))[0]).covariance)
+    expected = values / (values + 0.5 * values.mean())
+    np.testing.assert_allclose(white / white.sum(), expected / expected.sum(), rtol=1e-2)
+
+
+def test_latents_that_do_not_vary_cannot_be_whitened(small_params):
+    with pytest.raises(UserError, match="do not vary"):
+        whitened(small_params, LatentMoments(np.zeros(4), np.zeros((4, 4)), np.ones(4)), ridge=0.1)

@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hunyuan_jax.errors import UserError
@@ -324,6 +325,43 @@ class VAE(nn.Module):
 
     def __call__(self, frames: Float[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
         return self.decode(self.encode(frames).mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMoments:
+    """What a VAE's unscaled latents are like over some clips: their mean, their covariance across channels, and the mean variance
+    of their posteriors. Everything in float64."""
+
+    mean: Float[np.ndarray, "C"]
+    covariance: Float[np.ndarray, "C C"]
+    posterior_variance: Float[np.ndarray, "C"]
+
+
+def whitened(params: Any, moments: LatentMoments, *, ridge: float) -> Any:
+    """The same VAE with other latents: of mean 0 and mean variance 1, and nearly as varied in every direction as in any other.
+
+    The map (S + e I)^(-1/2) (z - mean), where S is their covariance and e is `ridge` times its mean eigenvalue, is put into the
+    1 x 1 x 1 convolutions that end the encoder and begin the decoder, so clips are reconstructed as before. The ridge keeps small
+    what varies far less than the rest, and is mostly noise. A posterior's variances are replaced by their mean over the clips,
+    since a linear layer cannot turn log-variances. Raises `UserError` where the latents do not vary.
+    """
+    values, vectors = np.linalg.eigh(moments.covariance)
+    if not np.all(np.isfinite(values)) or values.max() <= 0 or ridge <= 0:
+        raise UserError("VAE: the latents of these clips do not vary, or ridge is not above 0; the weights are broken or untrained.")
+    values = np.maximum(values, 0.0)
+    gains = (values + ridge * values.mean()) ** -0.5
+    gains /= np.sqrt(np.mean(gains**2 * values))
+    forth, back = ((vectors * g) @ vectors.T for g in (gains, 1 / gains))  # both symmetric, inverse to each other
+    encode, decode = ({k: np.asarray(v, np.float64) for k, v in params[name].items()} for name in ("quant_conv", "post_quant_conv"))
+    channels = len(moments.mean)
+    kernel, bias = encode["kernel"].copy(), encode["bias"].copy()
+    kernel[..., :channels] = kernel[..., :channels] @ forth
+    kernel[..., channels:] = 0.0
+    bias[:channels] = (bias[:channels] - moments.mean) @ forth
+    bias[channels:] = np.log(np.square(forth) @ moments.posterior_variance)
+    after = {"kernel": back @ decode["kernel"], "bias": decode["bias"] + moments.mean @ decode["kernel"][0, 0, 0]}
+    changed = {"quant_conv": {"kernel": kernel, "bias": bias}, "post_quant_conv": after}
+    return {**params, **jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), changed)}
 
 
 def abstract_params(config: VAEConfig) -> Any:

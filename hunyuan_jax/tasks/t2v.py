@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ from hunyuan_jax.sampling import SamplingConfig, euler, guided, time_grid
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
 
+Prediction = Literal["velocity", "data"]
+
 MEASURED_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -37,6 +39,7 @@ class T2VLossConfig:
     time_mean: float = 0.0
     time_std: float = 1.0
     time_shift: float = 1.0
+    time_least: float = 0.0
     text_dropout: float = 0.1
     sample_posterior: bool = True
 
@@ -46,7 +49,7 @@ class T2VLossConfig:
 
     @property
     def time(self) -> flow.TimeConfig:
-        return flow.TimeConfig(mean=self.time_mean, std=self.time_std, shift=self.time_shift)
+        return flow.TimeConfig(mean=self.time_mean, std=self.time_std, shift=self.time_shift, least=self.time_least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +76,14 @@ def encode_texts(codec: Codec, prompts: Sequence[str], *, length: int) -> Text:
 
 @dataclasses.dataclass(frozen=True)
 class T2VTask:
-    """`null` is the empty prompt, one row: encoded once, before anything is traced."""
+    """`null` is the empty prompt, one row: encoded once, before anything is traced.
+
+    `prediction` says what the DiT's output means: the velocity, as in all released models, or the data, from which the velocity
+    follows. A token of many more values than a small model is wide can hold no noise, which a velocity is half of, but the data.
+    """
 
     model: DiTConfig
+    prediction: Prediction
     loss_config: T2VLossConfig
     sampling: SamplingConfig
     codec: Codec
@@ -94,14 +102,18 @@ class T2VTask:
                 f"model: text_dim, pooled_dim and in_channels are {model.text_dim}, {model.pooled_dim} and {model.in_channels}, but the "
                 f"latents in {dataset.folder} were encoded with {width}, {width} and {codec.vae.latent_channels}; set them alike."
             )
+        prediction = config.get("prediction", "velocity")
+        if prediction not in get_args(Prediction):
+            raise UserError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {prediction!r}.")
         loss, sampling = build(T2VLossConfig, config.loss, where="loss"), build(SamplingConfig, config.sampling, where="sampling")
         null = encode_texts(codec, [""], length=config.data.text_length)
-        return cls(model, loss, sampling, codec, codec.fingerprint(folder), null, config.video.to_dict())
+        return cls(model, prediction, loss, sampling, codec, codec.fingerprint(folder), null, config.video.to_dict())
 
     def describe(self) -> dict[str, Any]:
         return {
             "task": "t2v",
             "model": dataclasses.asdict(self.model),
+            "prediction": self.prediction,
             "sampling": dataclasses.asdict(self.sampling),
             "text_length": self.null.txt.shape[1],
             "video": self.video,
@@ -123,8 +135,8 @@ class T2VTask:
 
     def velocity(self, params: Params, x: Float[Array, "B T Y X C"], t: Float[Array, "B"], text: Text) -> Float[Array, "B T Y X C"]:
         guidance = jnp.full_like(t, self.sampling.guidance) if self.model.guidance_embed else None
-        velocity: Array = DiT(self.model).apply({"params": params}, x, t, text.txt, text.mask, text.pooled, guidance)  # type: ignore[assignment]
-        return velocity
+        out: Array = DiT(self.model).apply({"params": params}, x, t, text.txt, text.mask, text.pooled, guidance)  # type: ignore[assignment]
+        return flow.velocity_from_data(x, out, t) if self.prediction == "data" else out
 
     def latents(self, batch: VideoBatch, keys: PRNGKeyArray) -> Float[Array, "B T Y X C"]:
         """Scaled latents of a batch, from the posterior where the loss says so."""
