@@ -146,7 +146,7 @@ def _t2v(frames: int, steps: int, *, num_heads: int) -> ConfigDict:
             # Muon for the matrices inside blocks; what only turns conditions or patches into vectors is cheaper by AdamW.
             "optimizer": {
                 "kind": "muon",
-                "learning_rate": 1e-2,
+                "learning_rate": 7e-3,
                 "warmup_steps": 50,
                 "decay_steps": steps,
                 "final_fraction": 0.02,
@@ -154,6 +154,7 @@ def _t2v(frames: int, steps: int, *, num_heads: int) -> ConfigDict:
                 "newton_schulz_steps": 3,
                 "not_muon": ("mod", "adaLN", "_in/", "embedder", "final_layer"),
                 "adam_rate": 0.3,
+                "weight_decay": 0.1,
             },
             "ema": {"decay": 0.99},
             "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
@@ -175,8 +176,8 @@ PARTS = {
     "vae_finish": _vae_finish,
     "encode": lambda: _encode(13),
     "encode_long": lambda: _encode(17),
-    "t2v": lambda: _t2v(13, 3300, num_heads=4),
-    "t2v_long": lambda: _t2v(17, 6500, num_heads=6),
+    "t2v": lambda: _t2v(13, 3100, num_heads=4),
+    "t2v_long": lambda: _t2v(17, 20000, num_heads=6),
 }
 
 

@@ -160,7 +160,7 @@ class T2VTask:
         predicted = self.velocity(params, flow.at_time(data, noise, t), t, text)
         return flow.flow_loss(predicted, flow.velocity(data, noise))
 
-    def flow_loss_at(self, params: Params, batch: VideoBatch, time: float, *, key: PRNGKeyArray) -> Float[Array, "B"]:
+    def flow_loss_at(self, params: Params, batch: VideoBatch, time: float | Float[Array, ""], *, key: PRNGKeyArray) -> Float[Array, "B"]:
         """The loss of each sample at one time, with the prompt; the same noise for the same key and sample."""
         keys = jax.vmap(lambda k: jax.random.split(k, 2), out_axes=1)(sample_keys(key, batch))
         t = jnp.full(batch.sample_id.shape, time)
@@ -168,24 +168,31 @@ class T2VTask:
 
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
         """The flow loss of each sample, averaged over fixed times."""
-        losses = [self.flow_loss_at(params, batch, t, key=key) for t in MEASURED_TIMES]
-        return {"flow_loss": jnp.mean(jnp.stack(losses), axis=0)}
+        # A loop of the compiled program, not of Python: the model is compiled once and not once for each time.
+        losses = jax.lax.map(lambda t: self.flow_loss_at(params, batch, t, key=key), jnp.asarray(MEASURED_TIMES))
+        return {"flow_loss": jnp.mean(losses, axis=0)}
 
     def sample(
         self, params: Params, text: Text, noise: Float[Array, "B T Y X C"], *, sampling: SamplingConfig
     ) -> Float[Array, "B T2 H W 3"]:
-        """Frames from noise: Euler steps along the guided velocity, then the VAE's decoder."""
+        """Frames from noise: latents by `sample_latents`, then the VAE's decoder."""
+        return self.codec.decode(self.sample_latents(params, text, noise, sampling=sampling))
+
+    def sample_latents(
+        self, params: Params, text: Text, noise: Float[Array, "B T Y X C"], *, sampling: SamplingConfig
+    ) -> Float[Array, "B T Y X C"]:
+        """Scaled latents from noise: Euler steps along the guided velocity."""
         rows = len(noise)
         empty = Text(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (self.null.txt, self.null.mask, self.null.pooled)))
         velocity = guided(
             lambda x, t: self.velocity(params, x, t, text), lambda x, t: self.velocity(params, x, t, empty), scale=sampling.cfg_scale
         )
-        return self.codec.decode(euler(velocity, noise, time_grid(sampling.steps, shift=sampling.shift)))
+        return euler(velocity, noise, time_grid(sampling.steps, shift=sampling.shift))
 
     # Compiled once for all previews.
     @functools.cached_property
     def _sample(self) -> Any:
-        return jax.jit(lambda params, text, noise: self.sample(params, Text(*text), noise, sampling=self.sampling))
+        return jax.jit(lambda params, text, noise: self.sample_latents(params, Text(*text), noise, sampling=self.sampling))
 
     @functools.cached_property
     def _decode(self) -> Any:
@@ -194,6 +201,6 @@ class T2VTask:
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
         """Held-out clips as the VAE sees them, and below them what the model makes of their prompts."""
         noise = normal_like(sample_keys(key, batch), batch.mean)
-        made = self._sample(params, (batch.txt, batch.txt_mask, batch.pooled), noise)
+        made = self._decode(self._sample(params, (batch.txt, batch.txt_mask, batch.pooled), noise))
         real = self._decode(batch.mean * self.codec.vae.scaling_factor)
         return {"held_out": to_uint8(np.asarray(real)), "generated": to_uint8(np.asarray(made))}
