@@ -5,7 +5,7 @@ vae_first          the training of that VAE from nothing, mostly on small crops 
 vae_finish         its second half, on whole frames; starts from the first, exported (half an hour on 2 CPU cores)
 encode             how clips become latents and text states
 t2v                a small DiT: 13 frames of 64 x 64 pixels, minutes on 2 CPU cores
-t2v_long           17 frames of 64 x 64 pixels, at most 2 hours on 2 CPU cores
+t2v_long           a wider DiT: 17 frames, planned for two hours on 2 CPU cores and not measured yet
 
 python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR --config.data.path=LATENTS
 """
@@ -176,7 +176,7 @@ PARTS = {
     "vae_finish": _vae_finish,
     "encode": lambda: _encode(13),
     "encode_long": lambda: _encode(17),
-    "t2v": lambda: _t2v(13, 3100, num_heads=4),
+    "t2v": lambda: _t2v(13, 2800, num_heads=4),
     "t2v_long": lambda: _t2v(17, 20000, num_heads=6),
 }
 

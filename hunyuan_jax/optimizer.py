@@ -77,7 +77,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             schedule,
             beta=config.momentum,
             ns_steps=config.newton_schulz_steps,
-            preconditioning="schatten",  # reaches in three steps what the plain iteration does in five
             eps=config.eps,
             weight_decay=config.weight_decay,
             adam_b1=config.b1,

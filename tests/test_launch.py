@@ -25,6 +25,8 @@ with (run / "log").open("a") as log:
     log.write(word + "\\n")
 if "memory" in rest:
     held = b"x" * (300 * 2**20)
+if "environment" in rest:
+    (run / "flags").write_text(os.environ["XLA_FLAGS"])
 while "wait" in rest and not (run / "go").exists():
     time.sleep(0.05)
 if "fail" in rest and not (run / "go").exists():
@@ -72,10 +74,10 @@ def fake_steps(*specs):
     ]
 
 
-def start(modules, *specs, options=()):
+def start(modules, *specs, options=(), **variables):
     run = modules.parent / "run"
     arguments = [sys.executable, "-c", DRIVER, str(ROOT / "launch" / "quickstart.py"), str(run), json.dumps(fake_steps(*specs)), *options]
-    environment = os.environ | {"PYTHONPATH": str(modules)}
+    environment = os.environ | {"PYTHONPATH": str(modules)} | variables
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=modules)
 
 
@@ -103,6 +105,15 @@ def test_a_finished_quickstart_does_nothing_again(modules):
     code, said = finish(start(modules, "a", "b"))
     assert (code, log_of(modules)) == (0, ["a", "b"])
     assert said.count("done before") == 2
+
+
+def test_steps_compile_quickly_unless_the_user_says_otherwise(modules, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    flags = modules.parent / "run" / "flags"
+    assert finish(start(modules, "a environment"))[0] == 0
+    assert flags.read_text() == "--xla_backend_optimization_level=1"
+    assert finish(start(modules, "b environment", XLA_FLAGS="--xla_backend_optimization_level=3"))[0] == 0
+    assert flags.read_text() == "--xla_backend_optimization_level=3"
 
 
 def test_a_changed_command_runs_again_with_all_that_follows(modules):

@@ -69,7 +69,7 @@ def check_muon(moved, grad):
         expected = -MUON_RMS * np.sqrt(max(matrix.shape)) * (u @ vt)
         cosine = np.sum(change * expected) / (np.linalg.norm(change) * np.linalg.norm(expected))
         assert cosine > 0.97  # five Newton-Schulz steps bring the singular values to 1 within about a third
-        assert np.linalg.norm(change) == pytest.approx(np.linalg.norm(expected), rel=0.25)
+        assert np.linalg.norm(change) == pytest.approx(np.linalg.norm(expected), rel=0.2)
 
 
 def test_kernels_that_muon_is_kept_from_are_trained_by_adam_at_its_own_rate(params):
@@ -80,10 +80,12 @@ def test_kernels_that_muon_is_kept_from_are_trained_by_adam_at_its_own_rate(para
     check_muon(change["blocks"]["linear1"]["kernel"], grads["blocks"]["linear1"]["kernel"])
 
 
-def test_three_newton_schulz_steps_are_enough(params):
-    grads = jax.tree.map(lambda p: 1e-3 * p, params)
-    change = one_step(OptimizerConfig(kind="muon", learning_rate=1.0, newton_schulz_steps=3), params, grads)
-    check_muon(change["img_attn_proj"]["kernel"], grads["img_attn_proj"]["kernel"])
+def test_three_newton_schulz_steps_are_enough_for_singular_values_of_1_to_20():
+    left, _ = np.linalg.qr(normal(8, 8))
+    right, _ = np.linalg.qr(normal(12, 8))
+    params = {"proj": {"kernel": jnp.asarray((left * np.geomspace(1e-3, 2e-2, 8)) @ right.T, jnp.float32)}}
+    change = one_step(OptimizerConfig(kind="muon", learning_rate=1.0, newton_schulz_steps=3), params, params)
+    check_muon(change["proj"]["kernel"], params["proj"]["kernel"])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
