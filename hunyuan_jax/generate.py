@@ -54,7 +54,7 @@ def load_model(workdir: Path, *, weights: str = "ema") -> Model:
         raise UserError(f"The codec in {workdir / 'codec'} is not the one the model was trained with; copy it from the latents again.")
     task = T2VTask(
         model=build(DiTConfig, said["model"], where="model"),
-        prediction=said["prediction"],
+        prediction=said.get("prediction", "velocity"),  # what runs predicted before they said so
         loss_config=T2VLossConfig(),
         sampling=build(SamplingConfig, said["sampling"], where="sampling"),
         codec=codec,

@@ -31,7 +31,7 @@ SAMPLE_SECONDS = 1.0  # between two measurements of memory
 SAVE_SECONDS = 5.0  # between two writes of the time used; a kill loses at most this much of the account
 GRACE_SECONDS = 60.0  # that a step has to end after a signal
 # What makes small programs on a CPU quick; what the user has set stands. XLA frees its temporary memory after every step, and huge
-# pages make faulting it in again cheap; the lowest level that optimises compiles in half the time and runs within 3 % as fast.
+# pages make faulting it in again cheap; the lowest level that optimises compiles sooner and runs as fast (BENCHMARKS.md).
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": "--xla_backend_optimization_level=1"}
 OWNER = "HUNYUAN_JAX_RUN"  # environment variable that marks the processes of a run
 
