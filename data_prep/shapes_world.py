@@ -139,9 +139,10 @@ class World:
     seed: int = 0
     size: int = 96  # pixels a side
     fps: int = 12
+    wander: float = 0.3  # frame widths: the side of the square in whose middle part paths have their middle
 
     def __post_init__(self) -> None:
-        for name, low, high in (("clips", 20, 100_000), ("seed", 0, 2**31 - 1), ("size", 32, 512), ("fps", 1, 60)):
+        for name, low, high in (("clips", 20, 100_000), ("seed", 0, 2**31 - 1), ("size", 32, 512), ("fps", 1, 60), ("wander", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} must be between {low} and {high}, not {getattr(self, name)}.")
         if self.size % 2:
@@ -284,7 +285,7 @@ def _backgrounds(camera: str, *, standing: bool) -> tuple[str, ...]:
     return ("gradient", "stripes") if standing and camera in _ZOOMS else ("flat", "gradient", "stripes")
 
 
-def _path(rng: np.random.Generator, *, direction: str, fast: bool, num_frames: int, widest: float) -> tuple[Any, Any]:
+def _path(rng: np.random.Generator, *, direction: str, fast: bool, num_frames: int, widest: float, wander: float) -> tuple[Any, Any]:
     """Start and step of a shape `widest` across that stays in view: the middle of its path is near the middle of the frame."""
     towards = np.asarray(DIRECTIONS[direction])
     pace = rng.uniform(0.0195, 0.022) if fast else rng.uniform(0.0098, 0.0118)
@@ -292,12 +293,12 @@ def _path(rng: np.random.Generator, *, direction: str, fast: bool, num_frames: i
     most = room / max(float(np.abs(towards).max()), 0.5) / (num_frames - 1)
     step = towards * min(pace, most)
     spare = np.maximum(room - np.abs(step) * (num_frames - 1), 0)
-    middle = 0.5 + rng.uniform(-0.5, 0.5, size=2) * np.minimum(spare, 0.3)
+    middle = 0.5 + rng.uniform(-0.5, 0.5, size=2) * np.minimum(spare, wander)
     start = middle - step * (num_frames - 1) / 2
     return tuple(map(float, start)), tuple(map(float, step))
 
 
-def draw_shot(plan: ShotPlan, seed: int) -> Shot:
+def draw_shot(plan: ShotPlan, seed: int, *, wander: float = World.wander) -> Shot:
     """Everything about one shot, from its plan and the world's seed."""
     rng = np.random.default_rng([seed, 3, plan.number])
     direction = plan.triple[2]
@@ -312,7 +313,7 @@ def draw_shot(plan: ShotPlan, seed: int) -> Shot:
     if camera in _ZOOMS:
         diameter = float(rng.uniform(0.33, 0.36))
     widest = diameter * (camera_step if camera in _ZOOMS else 1.0) * 1.05
-    start, step = _path(rng, direction=direction, fast=fast, num_frames=num_frames, widest=widest)
+    start, step = _path(rng, direction=direction, fast=fast, num_frames=num_frames, widest=widest, wander=wander)
     return Shot(
         triple=plan.triple,
         num_frames=num_frames,
@@ -446,7 +447,7 @@ def make_file(plan: FilePlan, world: World) -> tuple[bytes, dict[str, Any]]:
     if plan.defect == "not a video":
         data = f"This is a text file called {plan.name}.mp4. It holds no video.\n".encode() * 40
         return data, {"shots": [], "defect": plan.defect, "bytes": len(data)}
-    shots = [draw_shot(shot, world.seed) for shot in plan.shots]
+    shots = [draw_shot(shot, world.seed, wander=world.wander) for shot in plan.shots]
     starts = itertools.accumulate((shot.num_frames for shot in shots), initial=0)
     frames = np.concatenate([render_shot(shot, world.size) for shot in shots])
     data = encode_mp4(frames, fps=world.fps, crf=plan.crf)
@@ -537,7 +538,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, required=True, help="shots in all files together, 20 to 100000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=96, help="pixels a side")
-    parser.add_argument("--fps", type=int, default=12)
+    parser.add_argument("--fps", type=int, default=World.fps)
+    parser.add_argument("--wander", type=float, default=World.wander, help="how far from the middle paths may lie, in frame widths")
     parser.add_argument("--workers", type=int, default=2, help="processes; the result does not depend on it")
     return parser.parse_args(argv[1:])
 
@@ -546,7 +548,7 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if not 1 <= args.workers <= 256:
         raise UserError(f"--workers must be between 1 and 256, not {args.workers}.")
-    world = World(clips=args.clips, seed=args.seed, size=args.size, fps=args.fps)
+    world = World(clips=args.clips, seed=args.seed, size=args.size, fps=args.fps, wander=args.wander)
     print(f"shapes world: {world.clips} shots of {world.size} x {world.size} pixels into {args.output}")
     summary = write_world(world, args.output, workers=args.workers)
     defects = ", ".join(f"{count} {defect}" for defect, count in summary["defects"].items())

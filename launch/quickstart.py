@@ -59,10 +59,27 @@ def _training(name: str, says: str, *, part: str, data: str, expected_seconds: f
     )
 
 
-def _vae_steps(*, from_scratch: bool) -> tuple[Step, ...]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything: `suffix` picks the parts of configs/quickstart.py, `seconds` is what steps take on two cores."""
+
+    shots: int
+    suffix: str
+    seconds: dict[str, float]
+
+
+SHORT = Size(shots=1500, suffix="", seconds={"raw": 20, "clips": 43, "vae": 40, "latents": 80, "t2v": 400, "videos": 27, "evaluation": 25})
+LONG = Size(
+    shots=4000, suffix="_long", seconds={"raw": 55, "clips": 115, "vae": 42, "latents": 280, "t2v": 2900, "videos": 40, "evaluation": 30}
+)
+WANDER = 0.1  # frame widths; with shapes near the middle of the frame fewer clips tell apart what the words mean
+
+
+def _vae_steps(size: Size, *, from_scratch: bool) -> tuple[Step, ...]:
     """Either a few steps further from the carried weights, or the two halves of the training that made them."""
     if not from_scratch:
-        return (_training("vae", "Training the VAE a few steps further", part="vae", data="clips", expected_seconds=45),)
+        further = "Training the VAE a few steps further"
+        return (_training("vae", further, part="vae", data="clips", expected_seconds=size.seconds["vae"]),)
     first = _training("vae_first", "Training the VAE from nothing, first half", part="vae_first", data="clips", expected_seconds=2000)
     export = Step(
         name="vae_export",
@@ -76,14 +93,18 @@ def _vae_steps(*, from_scratch: bool) -> tuple[Step, ...]:
     return (first, export, second)
 
 
-def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
+def quickstart_steps(*, from_scratch: bool, long: bool) -> tuple[Step, ...]:
+    size = LONG if long else SHORT
     return (
         Step(
             name="raw",
-            says="Drawing raw videos of the shapes world, 1500 shots in all",
-            arguments=("data_prep.shapes_world", "--output", "{run}/raw", "--clips", "1500", "--seed", "0", "--workers", "2"),
+            says=f"Drawing raw videos of the shapes world, {size.shots} shots in all",
+            arguments=(
+                *("data_prep.shapes_world", "--output", "{run}/raw", "--clips", str(size.shots), "--seed", "0"),
+                *("--wander", str(WANDER), "--workers", "2"),
+            ),
             leaves="raw/prompts.jsonl",
-            expected_seconds=20,
+            expected_seconds=size.seconds["raw"],
         ),
         Step(
             name="clips",
@@ -93,34 +114,35 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 *("--config", "configs/curation.py", "--workers", "2"),
             ),
             leaves="clips/dataset.json",
-            expected_seconds=43,
+            expected_seconds=size.seconds["clips"],
         ),
-        *_vae_steps(from_scratch=from_scratch),
+        *_vae_steps(size, from_scratch=from_scratch),
         Step(
             name="latents",
             says="Encoding clips and captions",
             arguments=(
                 *("data_prep.encode", "--clips", "{run}/clips", "--vae", "{run}/vae", "--output", "{run}/latents"),
-                *("--config", "configs/quickstart.py:encode"),
+                *("--config", f"configs/quickstart.py:encode{size.suffix}"),
             ),
             leaves="latents/dataset.json",
-            expected_seconds=75,
+            expected_seconds=size.seconds["latents"],
         ),
-        _training("t2v", "Training the diffusion transformer by flow matching", part="t2v", data="latents", expected_seconds=475),
+        _training(
+            "t2v",
+            "Training the diffusion transformer by flow matching",
+            part=f"t2v{size.suffix}",
+            data="latents",
+            expected_seconds=size.seconds["t2v"],
+        ),
         Step(
             name="videos",
             says="Generating a video for each held-out prompt",
             arguments=(
-                "hunyuan_jax.generate",
-                "--checkpoint",
-                "{run}/t2v",
-                "--prompts",
-                "{run}/raw/prompts.jsonl",
-                "--output",
-                "{run}/videos",
+                *("hunyuan_jax.generate", "--checkpoint", "{run}/t2v", "--prompts", "{run}/raw/prompts.jsonl"),
+                *("--output", "{run}/videos"),
             ),
             leaves="videos/index.json",
-            expected_seconds=27,
+            expected_seconds=size.seconds["videos"],
         ),
         Step(
             name="evaluation",
@@ -130,7 +152,7 @@ def quickstart_steps(*, from_scratch: bool) -> tuple[Step, ...]:
                 *("--videos", "{run}/videos", "--output", "{run}/evaluation.json"),
             ),
             leaves="evaluation.json",
-            expected_seconds=25,
+            expected_seconds=size.seconds["evaluation"],
         ),
         Step(
             name="report",
@@ -405,11 +427,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quickstart.sh", description="From raw video to generated videos and a report, in minutes.")
     parser.add_argument("folder", nargs="?", metavar="DIR", help="run directory (default: runs/quickstart in the repository)")
     parser.add_argument("--from-scratch", action="store_true", help="train the VAE from nothing too; takes hours")
+    parser.add_argument("--long", action="store_true", help="more shots, longer clips and a wider model; takes about an hour")
     options = parser.parse_args(argv)
-    variant = "from_scratch" if options.from_scratch else "quickstart"
+    variant = "_".join(name for name in ("long", "from_scratch") if getattr(options, name)) or "quickstart"
     folder = Path(options.folder).resolve() if options.folder else ROOT / "runs" / variant
     try:
-        run_steps(quickstart_steps(from_scratch=options.from_scratch), folder, variant=variant)
+        run_steps(quickstart_steps(from_scratch=options.from_scratch, long=options.long), folder, variant=variant)
         print(closing_words(folder, finish_summary(folder)), flush=True)
     except QuickstartError as error:
         print(f"error: {error}", file=sys.stderr)

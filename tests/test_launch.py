@@ -1,6 +1,7 @@
 """Laws of the quickstart: what is done is not done again, a kill loses one step's work at most, signals and codes go through."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -42,7 +43,7 @@ sys.modules["quickstart"] = quickstart
 spec.loader.exec_module(quickstart)
 quickstart.SAMPLE_SECONDS = 0.1
 steps = [quickstart.Step(**step) for step in json.loads(sys.argv[3])]
-quickstart.quickstart_steps = lambda from_scratch: tuple(steps)
+quickstart.quickstart_steps = lambda from_scratch, long: tuple(steps)
 sys.exit(quickstart.main([sys.argv[2], *sys.argv[4:]]))
 """
 
@@ -202,9 +203,10 @@ def test_two_quickstarts_do_not_work_in_one_folder(modules):
 
 def test_a_folder_holds_one_variant_only(modules):
     assert finish(start(modules, "a"))[0] == 0
-    code, said = finish(start(modules, "a", options=["--from-scratch"]))
-    assert (code, log_of(modules)) == (2, ["a"])
-    assert "Choose another folder" in said
+    for option in ("--from-scratch", "--long"):
+        code, said = finish(start(modules, "a", options=[option]))
+        assert (code, log_of(modules)) == (2, ["a"])
+        assert "Choose another folder" in said
 
 
 def test_time_adds_up_over_attempts_and_memory_is_that_of_the_largest_moment(modules):
@@ -232,8 +234,8 @@ def test_a_damaged_state_file_is_one_clear_error(modules):
 
 
 def test_each_step_leaves_what_its_followers_read(quickstart):
-    for from_scratch in (False, True):
-        steps = quickstart.quickstart_steps(from_scratch=from_scratch)
+    for from_scratch, long in itertools.product((False, True), repeat=2):
+        steps = quickstart.quickstart_steps(from_scratch=from_scratch, long=long)
         made = set()
         for step in steps:
             read = {m for argument in step.arguments for m in re.findall(r"\{run\}/(\w+)", argument)} - {

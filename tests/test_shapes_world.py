@@ -32,7 +32,7 @@ from hunyuan_jax.video_io import MediaError, read_video
 CLIPS = 100
 
 
-def make(folder: Path, *, clips: int = CLIPS, seed: int = 0, **options: int) -> Path:
+def make(folder: Path, *, clips: int = CLIPS, seed: int = 0, **options: object) -> Path:
     extra = [f"--{name}={value}" for name, value in options.items()]
     main(["shapes_world", "--output", str(folder), "--clips", str(clips), "--seed", str(seed), *extra])
     return folder
@@ -97,7 +97,7 @@ def test_a_file_in_the_place_of_the_folder_is_a_user_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"clips": 19}, {"clips": 100_001}, {"size": 97}, {"size": 8}, {"fps": 0}, {"workers": 0}, {"seed": -1}]
+    "options", [{"clips": 19}, {"clips": 100_001}, {"size": 97}, {"size": 8}, {"fps": 0}, {"workers": 0}, {"seed": -1}, {"wander": "nan"}]
 )
 def test_arguments_out_of_range_are_user_errors(tmp_path, options):
     with pytest.raises(UserError, match=f"--{next(iter(options))} must be"):
@@ -194,6 +194,24 @@ def test_near_duplicates_repeat_a_sound_shot_of_the_world():
     for copy in copies:
         first, second = draw_shot(sound[copy.number], 0), draw_shot(copy, 0)
         assert np.abs(render_shot(first, 64).astype(int) - render_shot(second, 64)).max() <= 8
+
+
+@pytest.mark.parametrize("wander", [0.0, 0.1, 0.3])
+def test_paths_wander_as_far_from_the_middle_as_they_may(wander):
+    plans = [shot for plan in plan_world(World(clips=400)) for shot in plan.shots]
+    shots = [draw_shot(plan, 0, wander=wander) for plan in plans]
+    middles = np.array([np.add(shot.start, np.multiply(shot.step, (shot.num_frames - 1) / 2)) for shot in shots])
+    off = np.abs(middles - 0.5).max(axis=0)
+    assert (off <= wander / 2 + 1e-9).all()
+    assert (off >= 0.9 * wander / 2).all()
+
+
+def test_the_worlds_wander_reaches_its_files(tmp_path):
+    near, usual, same = (
+        contents(make(tmp_path / str(n), clips=20, **options)) for n, options in enumerate(({"wander": 0}, {}, {"wander": 0.3}))
+    )
+    assert near["shapes-00000.mp4"] != usual["shapes-00000.mp4"]
+    assert usual == same
 
 
 def test_held_out_combinations_never_occur():
