@@ -66,7 +66,7 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimizer."""
+    """Clipping by the global norm, then the optimizer. Its `init` refuses names in `not_muon` that no parameter has."""
     schedule = make_schedule(config)
     if config.kind == "adamw":
         chosen = optax.adamw(
@@ -85,12 +85,33 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=lambda tree: _map(lambda path, p: _matrix_axes(path, p, config.not_muon), tree),
             consistent_rms=MUON_RMS,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
+
+    def init(params: optax.Params) -> optax.OptState:
+        _check_names(params, config.not_muon)
+        return optimizer.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, optimizer.update)
+
+
+def _check_names(params: optax.Params, not_muon: Sequence[str]) -> None:
+    """Raises `UserError` where a name is part of no parameter's path."""
+    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unknown = [name for name in not_muon if not any(name in path for path in paths)]
+    if unknown:
+        raise UserError(
+            f"optimizer: not_muon names {', '.join(map(repr, unknown))}, which is part of no parameter's path; "
+            f"paths are such as {paths[0]} (parameters.txt of a run lists them)."
+        )
 
 
 def _map(function: Callable[[str, Any], Any], tree: optax.Params) -> Any:
     """`function` of the path, such as `img_in/proj/kernel`, and the array of each parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, p: function("/".join(key.key for key in path), p), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, p: function(_path(path), p), tree)
+
+
+def _path(path: Any) -> str:
+    return "/".join(key.key for key in path)
 
 
 def _is_kernel(path: str, param: Any) -> bool:

@@ -80,6 +80,12 @@ def test_kernels_that_muon_is_kept_from_are_trained_by_adam_at_its_own_rate(para
     check_muon(change["blocks"]["linear1"]["kernel"], grads["blocks"]["linear1"]["kernel"])
 
 
+def test_a_name_that_no_parameter_has_is_refused(params):
+    optimizer = make_optimizer(OptimizerConfig(kind="muon", learning_rate=1.0, not_muon=("attn", "atn")))
+    with pytest.raises(UserError, match=r"not_muon names 'atn', .* such as \w+/\w+"):
+        jax.eval_shape(optimizer.init, params)
+
+
 def test_three_newton_schulz_steps_are_enough_for_singular_values_of_1_to_20():
     left, _ = np.linalg.qr(normal(8, 8))
     right, _ = np.linalg.qr(normal(12, 8))
