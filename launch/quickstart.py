@@ -68,11 +68,11 @@ class Size:
     seconds: dict[str, float]
 
 
-SHORT = Size(shots=1500, suffix="", seconds={"raw": 20, "clips": 43, "vae": 40, "latents": 80, "t2v": 400, "videos": 27, "evaluation": 25})
+SHORT = Size(shots=2000, suffix="", seconds={"raw": 30, "clips": 65, "vae": 42, "latents": 105, "t2v": 370, "videos": 27, "evaluation": 25})
 LONG = Size(
-    shots=4000, suffix="_long", seconds={"raw": 55, "clips": 115, "vae": 42, "latents": 280, "t2v": 2900, "videos": 40, "evaluation": 30}
+    shots=4000, suffix="_long", seconds={"raw": 55, "clips": 115, "vae": 42, "latents": 280, "t2v": 2300, "videos": 40, "evaluation": 30}
 )
-WANDER = 0.1  # frame widths; with shapes near the middle of the frame fewer clips tell apart what the words mean
+WANDER = 0.08  # frame widths; with shapes near the middle of the frame fewer clips tell apart what the words mean
 
 
 def _vae_steps(size: Size, *, from_scratch: bool) -> tuple[Step, ...]:
