@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,11 @@ STATISTICS = ("txt_mean", "txt_std", "pooled_mean", "pooled_std")
 class TextConfig:
     """How a prompt is encoded: `template` with one `{}` for the prompt, tokenised as bytes, through a tower.
 
-    The tower reads the whole template; the states of what stands before the prompt are cut off, and at most `max_tokens` of the
-    rest are kept, the end-of-text token included where it fits. A token is the mean of the states of `bytes_per_token` neighbouring
-    bytes, since a text has many more bytes than it has words. Weights are random, by `seed`.
+    The tower reads the whole template and at most `max_bytes` from where the prompt begins, the end-of-text token included where it
+    fits; the states of what stands before the prompt are cut off. With `tokens` "words" a token is the mean of the states of a word
+    and the space after it, as a trained tokenizer would cut the text, and not of every byte; at most `max_tokens` are kept. `pooled`
+    is the state of the last byte or the mean of all: a random tower mixes what words say in its last state, a trained one sums it up
+    there. Weights are random, by `seed`.
 
     `statistics`, by channel, are what states are normalised by: those of a random tower are nearly the same for all prompts, and
     a model would spend its first hundreds of steps on learning to tell them apart. Empty leaves states as the tower gives them.
@@ -47,17 +49,21 @@ class TextConfig:
 
     tower: Mapping[str, Any]
     template: str
+    max_bytes: int
     max_tokens: int
-    bytes_per_token: int = 1
+    tokens: Literal["bytes", "words"] = "bytes"
+    pooled: Literal["last", "mean"] = "last"
     seed: int = 0
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of STATISTICS, a float per channel
 
     def __post_init__(self) -> None:
-        if self.template.count("{}") != 1 or self.max_tokens < 1 or self.bytes_per_token < 1:
+        if self.template.count("{}") != 1 or self.max_bytes < 1 or self.max_tokens < 1:
             raise UserError(
-                "text: the template needs exactly one {} and max_tokens and bytes_per_token at least 1, "
-                f"not {self.template!r}, {self.max_tokens}, {self.bytes_per_token}."
+                "text: the template needs exactly one {} and max_bytes and max_tokens at least 1, "
+                f"not {self.template!r}, {self.max_bytes}, {self.max_tokens}."
             )
+        if self.tokens not in ("bytes", "words") or self.pooled not in ("last", "mean"):
+            raise UserError(f"text: tokens must be bytes or words and pooled last or mean, not {self.tokens!r} and {self.pooled!r}.")
         if self.statistics and {name: len(values) for name, values in self.statistics.items()} != dict.fromkeys(STATISTICS, self.width):
             raise UserError(f"text: statistics needs {', '.join(STATISTICS)}, of {self.width} values each.")
         if self.tower_config.vocab_size <= PAD:
@@ -77,8 +83,8 @@ class TextConfig:
         return 1 + len(self.template.split("{}")[0].encode())
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes [B, L] and their mask, padded on the right to what crop and `max_tokens` take, and cut there."""
-        length = self.crop_start + self.max_tokens * self.bytes_per_token
+        """Bytes [B, L] and their mask, padded on the right to what crop and `max_bytes` take, and cut there."""
+        length = self.crop_start + self.max_bytes
         tokens, mask = np.full((len(prompts), length), PAD, np.int32), np.zeros((len(prompts), length), bool)
         before, after = self.template.split("{}")
         for row, prompt in enumerate(prompts):
@@ -105,7 +111,7 @@ class Codec:
         return jax.jit(lambda params, tokens, mask: TextTower(self.text.tower_config).apply({"params": params}, tokens, mask))
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextStates]:
-        """The text states of prompts: the valid tokens after the crop, and the state of the last one as the pooled vector."""
+        """The text states of prompts: the valid tokens after the crop, and the pooled vector."""
         normal = {name: np.asarray(values, np.float32) for name, values in self.text.statistics.items()}
         out = []
         for prompt, txt, pooled in self._states(prompts):
@@ -116,16 +122,17 @@ class Codec:
         return out
 
     def _states(self, prompts: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Each prompt with its tokens [L, D] and the state of its last byte, in float32, not normalised."""
+        """Each prompt with its tokens [L, D] and its pooled vector [D], in float32, not normalised."""
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             group = list(prompts[start : start + PROMPTS_AT_ONCE])
             tokens, mask = self.text.tokenize(group + [""] * (PROMPTS_AT_ONCE - len(group)))  # one shape, one compilation
             states = np.asarray(self._tower(self.text_params, tokens, mask), np.float32)
-            for prompt, row, valid in zip(group, states, mask.sum(axis=1), strict=False):
-                kept = row[self.text.crop_start : valid]
-                starts = np.arange(0, len(kept), self.text.bytes_per_token)
-                sizes = np.minimum(len(kept) - starts, self.text.bytes_per_token)
-                yield prompt, np.add.reduceat(kept, starts, axis=0) / sizes[:, None], row[valid - 1]
+            for prompt, ids, row, valid in zip(group, tokens, states, mask.sum(axis=1), strict=False):
+                kept, ids = row[self.text.crop_start : valid], ids[self.text.crop_start : valid]
+                starts = word_starts(ids) if self.text.tokens == "words" else np.arange(len(ids))
+                sizes = np.diff(starts, append=len(ids))
+                txt = np.add.reduceat(kept, starts, axis=0) / sizes[:, None]
+                yield prompt, txt[: self.text.max_tokens], kept[-1] if self.text.pooled == "last" else kept.mean(axis=0)
 
     def with_text_statistics(self, prompts: Sequence[str]) -> "Codec":
         """This codec with the statistics of its states over `prompts`, which must not all be alike."""
@@ -149,6 +156,12 @@ class Codec:
     def fingerprint(self, folder: Path) -> dict[str, str]:
         """What identifies the codec saved in `folder`."""
         return {"vae": sha256_of(folder / "vae" / convert.VAE_WEIGHTS), "text": sha256_of(folder / "text.json")}
+
+
+def word_starts(ids: np.ndarray) -> np.ndarray:
+    """Where words begin in the byte tokens of a text: at its start, after spaces, and at the end-of-text token."""
+    space = ids == ord(" ")
+    return np.flatnonzero((~space & np.concatenate([[True], space[:-1]])) | (ids == EOS) | (np.arange(len(ids)) == 0))
 
 
 def load_codec(folder: Path) -> Codec:

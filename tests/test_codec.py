@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from data_prep.shapes_world import ALL_TRIPLES
 from hunyuan_jax.codec import BOS, EOS, STATISTICS, Codec, TextConfig, load_codec
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import build
+from hunyuan_jax.shape_detector import COLOURS, DIRECTIONS, SHAPES, short_caption
 
 PROMPTS = ("a red circle moving left", "a blue square", "a green cross standing still", "something else: é")
 
@@ -20,7 +22,7 @@ def codec() -> Codec:
     vae = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
     params = jax.jit(lambda key: VAE(vae).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
     text = build(TextConfig, quickstart.get_config("encode").text, where="text")
-    return Codec(vae, params, dataclasses.replace(text, bytes_per_token=1, max_tokens=36))
+    return Codec(vae, params, dataclasses.replace(text, tokens="bytes", pooled="last", max_bytes=36, max_tokens=36))
 
 
 def test_tokens_are_the_bytes_of_the_template_and_the_states_before_the_prompt_are_cut_off(codec):
@@ -31,16 +33,42 @@ def test_tokens_are_the_bytes_of_the_template_and_the_states_before_the_prompt_a
     np.testing.assert_array_equal(states.txt[-1], states.pooled)
 
 
-def test_a_token_is_the_mean_of_its_bytes_and_the_last_one_of_those_that_are_left(codec):
-    grouped = dataclasses.replace(codec, text=dataclasses.replace(codec.text, bytes_per_token=3, max_tokens=5))
-    single = dataclasses.replace(codec, text=dataclasses.replace(codec.text, bytes_per_token=1, max_tokens=15))
-    for prompt in ("four", "a red circle that is too long"):
-        (few,), (many,) = grouped.encode_prompts([prompt]), single.encode_prompts([prompt])
+def test_a_word_is_the_mean_of_its_bytes_and_of_the_space_after_it(codec):
+    words = dataclasses.replace(codec, text=dataclasses.replace(codec.text, tokens="words", max_bytes=20, max_tokens=4))
+    single = dataclasses.replace(codec, text=dataclasses.replace(codec.text, max_bytes=20))
+    for prompt, spans in (
+        ("four", [(0, 4), (4, 5)]),
+        ("a red circle", [(0, 2), (2, 6), (6, 12), (12, 13)]),
+        (" a  red circle too", [(0, 1), (1, 4), (4, 8), (8, 15)]),  # the fifth word and the end are cut
+        ("a word that never ends", [(0, 2), (2, 7), (7, 12), (12, 18)]),
+        ("", [(0, 1)]),
+    ):
+        (few,), (many,) = words.encode_prompts([prompt]), single.encode_prompts([prompt])
         states = many.txt.astype(np.float32)
-        expected = np.stack([states[i : i + 3].mean(axis=0) for i in range(0, len(states), 3)])
+        expected = np.stack([states[start:end].mean(axis=0) for start, end in spans])
         np.testing.assert_allclose(few.txt.astype(np.float32), expected, rtol=0.02, atol=0.02)
         np.testing.assert_array_equal(few.pooled, many.pooled)
-    assert len(few.txt) == 5
+
+
+def test_the_pooled_vector_is_the_last_state_or_the_mean_of_all(codec):
+    mean = dataclasses.replace(codec, text=dataclasses.replace(codec.text, pooled="mean", max_tokens=2))
+    (last,), (averaged,) = codec.encode_prompts(["a red circle"]), mean.encode_prompts(["a red circle"])
+    np.testing.assert_array_equal(last.pooled, last.txt[-1])
+    np.testing.assert_allclose(averaged.pooled.astype(np.float32), last.txt.astype(np.float32).mean(axis=0), rtol=0.02, atol=0.02)
+
+
+def test_words_and_the_mean_say_the_same_of_a_word_in_every_prompt():
+    """What the quickstart's text states rest on: nearly all their variance is a sum over the words, so that new combinations are near."""
+    text = build(TextConfig, quickstart.get_config("encode").text, where="text")
+    codec = Codec(VAEConfig(), None, text)
+    states = codec.with_text_statistics([short_caption(*t) for t in ALL_TRIPLES]).encode_prompts([short_caption(*t) for t in ALL_TRIPLES])
+    said = np.array(
+        [[value == word for kinds, value in zip((COLOURS, SHAPES, DIRECTIONS), t, strict=True) for word in kinds] for t in ALL_TRIPLES]
+    )
+    for values in (np.stack([s.pooled for s in states]), np.stack([s.txt[1] for s in states]), np.stack([s.txt[2] for s in states])):
+        centred = values.astype(np.float64) - values.astype(np.float64).mean(axis=0)
+        sums = np.linalg.lstsq(said.astype(np.float64), centred, rcond=None)[0]
+        assert np.var(centred - said @ sums) < 0.06 * np.var(centred)
 
 
 def test_with_statistics_states_have_mean_0_and_variance_1_over_the_prompts(codec):
