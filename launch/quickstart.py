@@ -68,9 +68,9 @@ class Size:
     seconds: dict[str, float]
 
 
-SHORT = Size(shots=2000, suffix="", seconds={"raw": 30, "clips": 65, "vae": 42, "latents": 105, "t2v": 370, "videos": 27, "evaluation": 25})
+SHORT = Size(shots=2000, suffix="", seconds={"raw": 25, "clips": 55, "vae": 40, "latents": 100, "t2v": 370, "videos": 27, "evaluation": 23})
 LONG = Size(
-    shots=4000, suffix="_long", seconds={"raw": 55, "clips": 115, "vae": 42, "latents": 280, "t2v": 2300, "videos": 40, "evaluation": 30}
+    shots=6000, suffix="_long", seconds={"raw": 75, "clips": 165, "vae": 42, "latents": 400, "t2v": 2100, "videos": 40, "evaluation": 30}
 )
 WANDER = 0.08  # frame widths; with shapes near the middle of the frame fewer clips tell apart what the words mean
 
