@@ -6,6 +6,7 @@ WORKDIR/checkpoints/1200/    params, ema, rest (step, optimizer), data (the load
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,21 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._folder = (workdir / "checkpoints").absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, *, data: dict[str, Any]) -> None:
-        """Begins to write a checkpoint; training goes on meanwhile."""
+        """Begins to write a checkpoint; training goes on meanwhile. Raises `UserError` where the disk has no room for it."""
+        needed, free = _bytes_here(state), shutil.disk_usage(self._folder).free
+        if needed > free:
+            # Said beforehand, since the threads that write would each say it in their own way, at length.
+            raise UserError(
+                f"The disk is full: a checkpoint takes {needed / 1e6:.1f} MB, and {self._folder} has room for {free / 1e6:.1f} MB. "
+                "Free some space, then run the same command again; it continues from the newest checkpoint."
+            )
         rest = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
@@ -57,6 +66,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _bytes_here(tree: Any) -> int:
+    """What this process writes of a tree of arrays: of each piece one copy."""
+    pieces = (piece for leaf in jax.tree.leaves(tree) for piece in leaf.addressable_shards if piece.replica_id == 0)
+    return sum(piece.data.nbytes for piece in pieces)
 
 
 def write_model(workdir: Path, model: dict[str, Any]) -> None:

@@ -196,7 +196,12 @@ def test_a_full_disk_ends_in_one_line_and_nothing_is_taken_for_whole(world, tmp_
     raw = ("data_prep.shapes_world", "--output", f"{place}/raw", "--clips", "400", "--workers", "1")
     latents = ("data_prep.encode", "--clips", f"{world}/clips", "--vae", f"{world}/random_vae", "--output", f"{place}/latents")
     latents += ("--config=configs/quickstart.py:encode",)
-    for arguments, size, whole in ((raw, "1m", "raw/world.json"), (latents, "300k", "latents/dataset.json")):
+    training = ("hunyuan_jax.train", "--config=configs/quickstart.py:t2v", "--workdir", f"{place}/t2v", "--config.train.steps=2")
+    training += ("--config.model.width=32", "--config.model.num_heads=1", "--config.model.num_double_blocks=1")
+    training += ("--config.model.num_single_blocks=1", f"--config.data.path={world}/latents")
+    training += ("--config.train.measure_every=0", "--config.train.preview_every=0")
+    cases = ((raw, "1m", "raw/world.json"), (latents, "300k", "latents/dataset.json"), (training, "600k", "t2v/checkpoints/2"))
+    for arguments, size, whole in cases:
         check = f'"$@"; code=$?; test ! -e {place}/{whole} || echo WHOLE; exit $code'
         done = on_small_disk(size, "bash", "-c", check, "bash", sys.executable, "-m", *arguments)
         said = done.stdout + done.stderr
