@@ -5,7 +5,7 @@ vae_first          the training of that VAE from nothing, mostly on small crops 
 vae_finish         its second half, on whole frames; starts from the first, exported (half an hour on 2 CPU cores)
 encode             how clips become latents and text states
 t2v                a small DiT: 13 frames of 64 x 64 pixels, minutes on 2 CPU cores
-t2v_long           a wider DiT: 17 frames, planned for two hours on 2 CPU cores and not measured yet
+t2v_long           a wider DiT: 17 frames, three quarters of an hour on 2 CPU cores
 
 python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR --config.data.path=LATENTS
 """

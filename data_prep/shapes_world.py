@@ -10,6 +10,9 @@ directions or stands, under a still, panning or zooming camera. What the words m
     direction   as seen on screen, whatever the camera does
     camera      where the camera goes: panning left moves the background right; zooming in enlarges background and shape
 
+A path has its middle near the middle of the frame, at most half of `--wander` away from it along each axis: the further shapes
+wander, the more clips it takes to tell what in them is due to the words.
+
 About one shot or file in ten carries a defect on purpose, named in its sidecar for tests only (`"defect"`), so that curation
 has something to find. Some combinations of colour, shape and direction never occur (`is_unseen`): they measure composition.
 
@@ -139,7 +142,7 @@ class World:
     seed: int = 0
     size: int = 96  # pixels a side
     fps: int = 12
-    wander: float = 0.3  # frame widths: the side of the square in whose middle part paths have their middle
+    wander: float = 0.3  # frame widths: the side of the square in which paths have their middle
 
     def __post_init__(self) -> None:
         for name, low, high in (("clips", 20, 100_000), ("seed", 0, 2**31 - 1), ("size", 32, 512), ("fps", 1, 60), ("wander", 0, 1)):
