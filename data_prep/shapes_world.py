@@ -539,10 +539,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_prep.shapes_world", description="Makes the shapes world's raw video files.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to; an unfinished one is completed")
     parser.add_argument("--clips", type=int, required=True, help="shots in all files together, 20 to 100000")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=96, help="pixels a side")
+    parser.add_argument("--seed", type=int, default=World.seed)
+    parser.add_argument("--size", type=int, default=World.size, help="pixels a side")
     parser.add_argument("--fps", type=int, default=World.fps)
-    parser.add_argument("--wander", type=float, default=World.wander, help="how far from the middle paths may lie, in frame widths")
+    parser.add_argument(
+        "--wander", type=float, default=World.wander, help="side of the square, in frame widths, where paths have their middle"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes; the result does not depend on it")
     return parser.parse_args(argv[1:])
 

@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from hunyuan_jax.settings import build
 
 BOS, EOS, PAD = 256, 257, 258  # the byte tokenizer's ids above the 256 bytes
 PROMPTS_AT_ONCE = 64
+Tokens = Literal["bytes", "words"]
+Pooled = Literal["last", "mean"]
 STATISTICS = ("txt_mean", "txt_std", "pooled_mean", "pooled_std")
 
 
@@ -51,8 +53,8 @@ class TextConfig:
     template: str
     max_bytes: int
     max_tokens: int
-    tokens: Literal["bytes", "words"] = "bytes"
-    pooled: Literal["last", "mean"] = "last"
+    tokens: Tokens = "bytes"
+    pooled: Pooled = "last"
     seed: int = 0
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of STATISTICS, a float per channel
 
@@ -62,8 +64,9 @@ class TextConfig:
                 "text: the template needs exactly one {} and max_bytes and max_tokens at least 1, "
                 f"not {self.template!r}, {self.max_bytes}, {self.max_tokens}."
             )
-        if self.tokens not in ("bytes", "words") or self.pooled not in ("last", "mean"):
-            raise UserError(f"text: tokens must be bytes or words and pooled last or mean, not {self.tokens!r} and {self.pooled!r}.")
+        for name, value, allowed in (("tokens", self.tokens, get_args(Tokens)), ("pooled", self.pooled, get_args(Pooled))):
+            if value not in allowed:
+                raise UserError(f"text: {name} must be one of {', '.join(allowed)}, not {value!r}.")
         if self.statistics and {name: len(values) for name, values in self.statistics.items()} != dict.fromkeys(STATISTICS, self.width):
             raise UserError(f"text: statistics needs {', '.join(STATISTICS)}, of {self.width} values each.")
         if self.tower_config.vocab_size <= PAD:

@@ -9,6 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.parallel.sharding import path_of
 
 Kind = Literal["adamw", "muon"]
 
@@ -96,7 +97,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _check_names(params: optax.Params, not_muon: Sequence[str]) -> None:
     """Raises `UserError` where a name is part of no parameter's path."""
-    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     unknown = [name for name in not_muon if not any(name in path for path in paths)]
     if unknown:
         raise UserError(
@@ -107,11 +108,7 @@ def _check_names(params: optax.Params, not_muon: Sequence[str]) -> None:
 
 def _map(function: Callable[[str, Any], Any], tree: optax.Params) -> Any:
     """`function` of the path, such as `img_in/proj/kernel`, and the array of each parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, p: function(_path(path), p), tree)
-
-
-def _path(path: Any) -> str:
-    return "/".join(key.key for key in path)
+    return jax.tree_util.tree_map_with_path(lambda path, p: function(path_of(path), p), tree)
 
 
 def _is_kernel(path: str, param: Any) -> bool:

@@ -61,7 +61,7 @@ def _training(name: str, says: str, *, part: str, data: str, expected_seconds: f
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything: `suffix` picks the parts of configs/quickstart.py, `seconds` is what steps take on two cores."""
+    """How much of everything: `suffix` picks the parts of configs/quickstart.py, `seconds` is each step's expected time on two cores."""
 
     shots: int
     suffix: str
@@ -75,26 +75,8 @@ LONG = Size(
 WANDER = 0.08  # frame widths; with shapes near the middle of the frame fewer clips tell apart what the words mean
 
 
-def _vae_steps(size: Size, *, from_scratch: bool) -> tuple[Step, ...]:
-    """Either a few steps further from the carried weights, or the two halves of the training that made them."""
-    if not from_scratch:
-        further = "Training the VAE a few steps further"
-        return (_training("vae", further, part="vae", data="clips", expected_seconds=size.seconds["vae"]),)
-    first = _training("vae_first", "Training the VAE from nothing, first half", part="vae_first", data="clips", expected_seconds=2000)
-    export = Step(
-        name="vae_export",
-        says="Exporting it, for the second half to start from",
-        arguments=("hunyuan_jax.export", "--checkpoint", "{run}/vae_first", "--output", "{run}/vae_exported", "--dtype", "bf16"),
-        leaves="vae_exported/config.json",
-        expected_seconds=10,
-    )
-    start = ("--config.start={run}/vae_exported",)
-    second = _training("vae", "Training the VAE, second half", part="vae_finish", data="clips", expected_seconds=2000, more=start)
-    return (first, export, second)
-
-
-def quickstart_steps(*, from_scratch: bool, long: bool) -> tuple[Step, ...]:
-    size = LONG if long else SHORT
+def _clip_steps(size: Size) -> tuple[Step, ...]:
+    """Raw videos and the clips in them."""
     return (
         Step(
             name="raw",
@@ -116,24 +98,43 @@ def quickstart_steps(*, from_scratch: bool, long: bool) -> tuple[Step, ...]:
             leaves="clips/dataset.json",
             expected_seconds=size.seconds["clips"],
         ),
-        *_vae_steps(size, from_scratch=from_scratch),
-        Step(
-            name="latents",
-            says="Encoding clips and captions",
-            arguments=(
-                *("data_prep.encode", "--clips", "{run}/clips", "--vae", "{run}/vae", "--output", "{run}/latents"),
-                *("--config", f"configs/quickstart.py:encode{size.suffix}"),
-            ),
-            leaves="latents/dataset.json",
-            expected_seconds=size.seconds["latents"],
+    )
+
+
+def _vae_steps(size: Size, *, from_scratch: bool) -> tuple[Step, ...]:
+    """Either a few steps further from the carried weights, or the two halves of the training that made them."""
+    if not from_scratch:
+        further = "Training the VAE a few steps further"
+        return (_training("vae", further, part="vae", data="clips", expected_seconds=size.seconds["vae"]),)
+    first = _training("vae_first", "Training the VAE from nothing, first half", part="vae_first", data="clips", expected_seconds=2000)
+    export = Step(
+        name="vae_export",
+        says="Exporting it, for the second half to start from",
+        arguments=("hunyuan_jax.export", "--checkpoint", "{run}/vae_first", "--output", "{run}/vae_exported", "--dtype", "bf16"),
+        leaves="vae_exported/config.json",
+        expected_seconds=10,
+    )
+    start = ("--config.start={run}/vae_exported",)
+    second = _training("vae", "Training the VAE, second half", part="vae_finish", data="clips", expected_seconds=2000, more=start)
+    return (first, export, second)
+
+
+def _latent_step(size: Size) -> Step:
+    return Step(
+        name="latents",
+        says="Encoding clips and captions",
+        arguments=(
+            *("data_prep.encode", "--clips", "{run}/clips", "--vae", "{run}/vae", "--output", "{run}/latents"),
+            *("--config", f"configs/quickstart.py:encode{size.suffix}"),
         ),
-        _training(
-            "t2v",
-            "Training the diffusion transformer by flow matching",
-            part=f"t2v{size.suffix}",
-            data="latents",
-            expected_seconds=size.seconds["t2v"],
-        ),
+        leaves="latents/dataset.json",
+        expected_seconds=size.seconds["latents"],
+    )
+
+
+def _result_steps(size: Size) -> tuple[Step, ...]:
+    """What is made with the trained models and said of it."""
+    return (
         Step(
             name="videos",
             says="Generating a video for each held-out prompt",
@@ -162,6 +163,19 @@ def quickstart_steps(*, from_scratch: bool, long: bool) -> tuple[Step, ...]:
             expected_seconds=2,
         ),
     )
+
+
+def quickstart_steps(*, from_scratch: bool, long: bool) -> tuple[Step, ...]:
+    """Every step of a variant, in order."""
+    size = LONG if long else SHORT
+    dit = _training(
+        "t2v",
+        "Training the diffusion transformer by flow matching",
+        part=f"t2v{size.suffix}",
+        data="latents",
+        expected_seconds=size.seconds["t2v"],
+    )
+    return (*_clip_steps(size), *_vae_steps(size, from_scratch=from_scratch), _latent_step(size), dit, *_result_steps(size))
 
 
 class QuickstartError(Exception):

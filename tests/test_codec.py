@@ -102,6 +102,12 @@ def test_prompts_that_are_all_alike_have_no_statistics(codec):
         codec.with_text_statistics(["a", "a"])
 
 
+@pytest.mark.parametrize("field", ["tokens", "pooled"])
+def test_a_way_of_making_tokens_that_is_not_known_is_refused(codec, field):
+    with pytest.raises(UserError, match=f"{field} must be one of .*, not 'syllables'"):
+        dataclasses.replace(codec.text, **{field: "syllables"})
+
+
 def test_statistics_of_another_width_are_refused(codec):
     with pytest.raises(UserError, match="of 64 values each"):
         dataclasses.replace(codec.text, statistics=dict.fromkeys(STATISTICS, [1.0] * 63))
