@@ -7,16 +7,21 @@ WORKDIR/checkpoints/1200/    params, ema, rest (step, optimizer), data (the load
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from hunyuan_jax.data.dataset import write_json
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.tasks.task import Params
 from hunyuan_jax.train_step import TrainState
+
+Kept = Literal["ema", "raw"]  # the averaged parameters, or the last ones
 
 
 class Checkpoints:
@@ -98,19 +103,50 @@ def read_model(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{workdir / 'model.json'} cannot be read: {error}.") from error
 
 
-def load_params(workdir: Path, abstract: Params, *, weights: str = "ema") -> tuple[Params, int]:
-    """The `ema` or `params` of the newest checkpoint, and its step, in the shapes and shardings of `abstract`."""
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} has no checkpoint yet: {workdir / 'checkpoints'} is missing. Train first.")
-    with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{workdir} has no finished checkpoint yet. Train first; a run saves every train.checkpoint_every steps.")
-        items = ocp.args.Composite(**{weights: ocp.args.StandardRestore(abstract)})
+def load_params(workdir: Path, abstract: Params, *, weights: Kept = "ema") -> tuple[Params, int]:
+    """Parameters of the newest checkpoint, and its step, in the shapes and shardings of `abstract`."""
+    folder, step = _newest(workdir, weights)
+    with ocp.StandardCheckpointer() as checkpointer:
         try:
-            return manager.restore(step, args=items)[weights], step
+            return checkpointer.restore(folder, abstract), step
         except (ValueError, KeyError) as error:
-            raise UserError(f"The checkpoint in {workdir} is of another model than its model.json says: {str(error)[:300]}") from error
+            raise _of_another_model(workdir, str(error)[:300]) from error
+
+
+def param_reader(workdir: Path, *, weights: Kept = "ema") -> tuple[Callable[[str, tuple[int, ...]], np.ndarray], int]:
+    """A function that reads one parameter of the newest checkpoint, by its path and shape, into host memory; and the step."""
+    folder, step = _newest(workdir, weights)
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+    def read(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        wanted = traverse_util.unflatten_dict({path: jax.ShapeDtypeStruct(shape, np.float32)}, sep="/")
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        try:
+            found = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True))
+        except (ValueError, KeyError) as error:
+            raise _of_another_model(workdir, str(error)[:300]) from error
+        (value,) = jax.tree.leaves(found)
+        if value.shape != shape:
+            raise _of_another_model(workdir, f"{path} has shape {value.shape} and not {shape}.")
+        return value
+
+    return read, step
+
+
+def _newest(workdir: Path, weights: Kept) -> tuple[Path, int]:
+    """Where the newest checkpoint has its averaged or its raw parameters, and its step."""
+    folder = (workdir / "checkpoints").absolute()
+    if not folder.is_dir():
+        raise UserError(f"{workdir} has no checkpoint yet: {folder} is missing. Train first.")
+    with ocp.CheckpointManager(folder) as manager:
+        step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{workdir} has no finished checkpoint yet. Train first; a run saves every train.checkpoint_every steps.")
+    return folder / str(step) / {"ema": "ema", "raw": "params"}[weights], step
+
+
+def _of_another_model(workdir: Path, said: str) -> UserError:
+    return UserError(f"The checkpoint in {workdir} is of another model than its model.json says: {said}")
 
 
 def abstract_like(tree: Any) -> Any:

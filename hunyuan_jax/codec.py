@@ -153,7 +153,7 @@ class Codec:
         return frames
 
     def save(self, folder: Path) -> None:
-        convert.save_vae(folder / "vae", self.vae, self.vae_params)
+        convert.write(convert.weights_of(self.vae, self.vae_params), folder / "vae", "diffusers")
         write_json(folder / "text.json", dataclasses.asdict(self.text) | {"tower": dict(self.text.tower)})
 
     def fingerprint(self, folder: Path) -> dict[str, str]:

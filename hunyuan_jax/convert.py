@@ -1,28 +1,69 @@
-"""Released checkpoint layouts to parameters and back, as rules of names.
+"""Weights in and out: from every layout they are kept in to every other, and to our parameters.
 
-The VAE's tensors have the same names in Tencent's and in diffusers' layout, and ours are made from them: `.` before a number
-is `_`, other `.` are levels of the tree, `weight` is `kernel` or `scale`. PyTorch keeps Linear weights as [out, in] and Conv3d
-weights as [out, in, t, h, w]; Flax as [in, out] and [t, h, w, in, out].
+    python -m hunyuan_jax.convert --src PATH --dst PATH --to {native,diffusers,tencent,comfyui} [--dtype keep|fp32|bf16] [--verify]
+
+    files --open_weights--> Weights: config, and released tensors that are read row by row --write--> another layout
+                                                                                          \\--load--> parameters
+
+The layout and what the model is are read from the names and shapes of the tensors, never from a file's name. Every tensor must
+be known and every parameter given, or nothing is written. What is written is safetensors, one tensor in memory at a time. The
+checkpoints of a training run are read by `hunyuan_jax.export`.
 """
 
+import dataclasses
+import fnmatch
+import functools
 import json
+import math
 import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import safetensors.flax
+from absl import flags
 from flax import traverse_util
-from safetensors import SafetensorError
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
-from hunyuan_jax.data.dataset import replacing, write_json
-from hunyuan_jax.errors import UserError
-from hunyuan_jax.models.vae import VAEConfig, abstract_params
+from hunyuan_jax.data.dataset import write_json
+from hunyuan_jax.errors import UserError, run_command
+from hunyuan_jax.models import layouts
+from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.models.layouts import LAYOUTS, Config, Part
+from hunyuan_jax.models.vae import VAEConfig
+from hunyuan_jax.settings import build, nearest, parse_flags
+from hunyuan_jax.tensor_files import TensorFile, open_tensors, write_safetensors, write_sharded
 
-VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+COMPONENTS = {"transformer": DiTConfig, "vae": VAEConfig}
+DTYPES = {"keep": None, "fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
+STEM = "diffusion_pytorch_model"  # of the files in a folder, as diffusers names them
+VAE_WEIGHTS = f"{STEM}.safetensors"
+PREFIXES = ("model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "model.", "vae.")
+CONFIG = "hunyuan_jax.config"  # key of the metadata that a file of ours has
+CONDITION = "image_condition_type"  # key of diffusers' config.json, and of our metadata, that no shape tells
+OURS_ALONE = ("remat", "dtype")  # fields that say how to compute and not what the weights are
 
-# Fields of the released config.json and what we call them.
+LICENCE = (
+    "Weights released by Tencent are under the Tencent Hunyuan Community License, converted or not: not for the EU, the UK and South "
+    "Korea, and not to improve other models."
+)
+
+# A tensor that tells a layout, with the component it belongs to; the names are those of every model of that layout.
+_MARKS = (
+    ("img_in/proj/kernel", "transformer", "native"),
+    ("x_embedder.proj.weight", "transformer", "diffusers"),
+    ("time_in.mlp.0.weight", "transformer", "tencent"),
+    ("time_in.in_layer.weight", "transformer", "comfyui"),
+    ("encoder/conv_in/conv/kernel", "vae", "native"),
+    ("encoder.conv_in.conv.weight", "vae", "diffusers"),
+)
+
+# Fields of diffusers' config.json and what we call them.
 _VAE_FIELDS = {
     "in_channels": "in_channels",
     "out_channels": "out_channels",
@@ -34,74 +75,397 @@ _VAE_FIELDS = {
     "spatial_compression_ratio": "spatial_compression",
     "temporal_compression_ratio": "temporal_compression",
 }
+_DIT_FIELDS = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "num_attention_heads": "num_heads",
+    "num_layers": "num_double_blocks",
+    "num_single_layers": "num_single_blocks",
+    "num_refiner_layers": "num_refiner_blocks",
+    "mlp_ratio": "mlp_ratio",
+    "guidance_embeds": "guidance_embed",
+    "text_embed_dim": "text_dim",
+    "pooled_projection_dim": "pooled_dim",
+    "rope_theta": "rope_theta",
+    "rope_axes_dim": "rope_axes",
+}
 
 
-def vae_name(path: str) -> str:
-    """The released name of a parameter of ours: `decoder/up_blocks_0/resnets_1/norm1/scale` and so on."""
-    name = re.sub(r"_(\d+)(?=/)", r".\1", path).replace("/", ".")
-    return re.sub(r"\.(kernel|scale)$", ".weight", name)
+class Readable(Protocol):
+    """What tensors are read from, such as a `StoredTensor`."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read_slice(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
-def to_released(path: str, value: Any) -> np.ndarray:
-    """A parameter in PyTorch's order of dimensions."""
-    if not path.endswith("kernel"):
-        return value
-    return value.transpose(4, 3, 0, 1, 2) if value.ndim == 5 else value.T
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A tensor that was read before."""
+
+    value: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.value.dtype
+
+    def read_slice(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.value[index]
 
 
-def from_released(path: str, value: Any) -> Any:
-    """The inverse of `to_released`."""
-    if not path.endswith("kernel"):
-        return value
-    return value.transpose(2, 3, 4, 1, 0) if value.ndim == 5 else value.T
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The released tensors of a model, in whatever layout they lie; read when they are asked for."""
+
+    config: Config
+    layout: str
+    stored: Mapping[str, Readable]  # by the layout's names
+    metadata: Mapping[str, str]
+
+    @functools.cached_property
+    def _pieces(self) -> Mapping[str, list[tuple[int, int, str, int]]]:
+        """Of each released tensor its runs of rows: first and end, the stored tensor that has them, and where in it they begin."""
+        pieces: dict[str, list[tuple[int, int, str, int]]] = {}
+        for name, part in layouts.table(self.layout, self.config).items():
+            offset = 0
+            for start, stop in part.rows:
+                pieces.setdefault(part.tensor, []).append((start, stop, name, offset))
+                offset += stop - start
+        return {tensor: sorted(runs) for tensor, runs in pieces.items()}
+
+    def dtype(self, tensor: str) -> np.dtype:
+        return np.dtype(self.stored[self._pieces[tensor][0][2]].dtype)
+
+    def read(self, tensor: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows of a released tensor, as PyTorch has it."""
+        place = layouts.places(self.config)[tensor]
+        stop = place.shape[0] if stop is None else stop
+        runs = []
+        for first, end, name, offset in self._pieces[tensor]:
+            low, high = max(first, start), min(end, stop)
+            if low < high:
+                runs.append(self._rows(name, place, slice(offset + low - first, offset + high - first)))
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+    def _rows(self, name: str, place: layouts.Place, rows: slice) -> np.ndarray:
+        if self.layout == "native":
+            return place.to_torch(self.stored[name].read_slice(()))[rows]
+        return self.stored[name].read_slice((rows,))
 
 
-def save_vae(folder: Path, config: VAEConfig, params: Any, *, dtype: str = "float32", metadata: dict[str, str] | None = None) -> None:
-    """Writes a VAE as diffusers does: config.json and one safetensors file, in `dtype`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    tensors = {vae_name(path): jnp.asarray(to_released(path, np.asarray(value)), dtype) for path, value in flat.items()}
-    with replacing(folder / VAE_WEIGHTS) as temporary:
-        safetensors.flax.save_file(tensors, str(temporary), metadata={"format": "pt", **(metadata or {})})
-    fields = {theirs: getattr(config, ours) for theirs, ours in _VAE_FIELDS.items()}
-    ours_alone = {"convolution": config.convolution}
-    write_json(
-        folder / "config.json", {"_class_name": "AutoencoderKLHunyuanVideo", **fields, "mid_block_add_attention": True, **ours_alone}
+def open_weights(path: str | Path, *, component: str | None = None, ignore: Sequence[str] = (), key: str | None = None) -> Weights:
+    """The weights at `path`: a file, a folder of one component, or a `.pt` file (of which `key` chooses an entry).
+
+    Raises `UserError` where tensors are missing, of the wrong shape, or unknown and matched by no pattern in `ignore`.
+    """
+    path = Path(path)
+    if (path / "model.json").exists():
+        raise UserError(f"{path} is a training run. Write its weights with python -m hunyuan_jax.export --checkpoint {path}.")
+    file = _without_prefix(open_tensors(path, key=key))
+    found, layout = _detect(file, path)
+    if component is not None and found != component:
+        raise UserError(f"{path} holds a {found}, where a {component} was expected. Give the folder or file of the {component}.")
+    given = _read_config(path)
+    config = _config_of(file, found, layout, given, path)
+    _check(file, layouts.table(layout, config), config, path=path, ignore=ignore)
+    condition = {CONDITION: given[CONDITION]} if isinstance(given.get(CONDITION), str) else {}
+    licence = {} if CONFIG in file.metadata else {"licence": LICENCE}
+    return Weights(config, layout, file.tensors, {**condition, **licence, **file.metadata})
+
+
+def _without_prefix(file: TensorFile) -> TensorFile:
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in file.tensors):
+            file = TensorFile({name.removeprefix(prefix): tensor for name, tensor in file.tensors.items()}, file.metadata)
+    return file
+
+
+def _detect(file: TensorFile, path: Path) -> tuple[str, str]:
+    for mark, component, layout in _MARKS:
+        if mark in file.tensors:
+            return component, layout
+    names = ", ".join(sorted(file.tensors)[:3])
+    raise UserError(
+        f"{path} holds neither a HunyuanVideo transformer nor its VAE in a layout that is known; its tensors are such as {names}."
     )
 
 
-def load(path: str | Path, component: str = "vae") -> tuple[VAEConfig, Any]:
-    """Config and float32 parameters of a released component in the diffusers layout.
-
-    Every tensor must be consumed and every parameter set; otherwise a `UserError` lists the names.
-    """
-    if component != "vae":
-        raise UserError(f"Component {component!r} cannot be loaded; 'vae' can.")
-    folder = Path(path)
-    try:
-        given = json.loads((folder / "config.json").read_text())
-        tensors = safetensors.flax.load_file(str(folder / VAE_WEIGHTS))
-    except FileNotFoundError as error:
+def _check(file: TensorFile, table: Mapping[str, Part], config: Config, *, path: Path, ignore: Sequence[str]) -> None:
+    """Every name and shape; a float8 tensor needs a scale that lies elsewhere and is refused too."""
+    places = layouts.places(config)
+    extra = [name for name in file.tensors.keys() - table.keys() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)]
+    missing = sorted(table.keys() - file.tensors.keys())
+    said = [f"{name} is unknown. {nearest(name, missing or list(table))}"[:300] for name in sorted(extra)[:10]]
+    said += [f"{name} is missing." for name in missing[:10]]
+    for name, part in table.items():
+        place = places[part.tensor]
+        expected = place.native_shape if "/" in name else (part.num_rows, *place.shape[1:])
+        if name in file.tensors and file.tensors[name].shape != expected:
+            said.append(f"{name} has shape {file.tensors[name].shape}, {expected} was expected.")
+        if name in file.tensors and file.tensors[name].dtype.itemsize == 1:
+            said.append(f"{name} is {file.tensors[name].dtype}, whose scale lies in another file; give the bf16 weights.")
+    if said:
         raise UserError(
-            f"{folder} holds no VAE: {error.filename or VAE_WEIGHTS} is missing; config.json and {VAE_WEIGHTS} are read."
-        ) from error
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"The VAE in {folder} cannot be read: {error}.") from error
+            f"The tensors in {path} do not make up the model ({len(missing)} missing, {len(extra)} unknown): " + " ".join(said[:10])
+        )
+
+
+# --- What the model is ---------------------------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    """The config.json in a folder or beside a file; empty where there is none."""
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        given = json.loads(beside.read_text()) if beside.exists() else {}
+        if not isinstance(given, dict):
+            raise ValueError("an object was expected")
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{beside} cannot be read as the configuration of the weights beside it: {error}.") from error
+    return given
+
+
+def _config_of(file: TensorFile, component: str, layout: str, given: Mapping[str, Any], path: Path) -> Config:
+    """From the file's own metadata, else from config.json, names and shapes."""
+    if CONFIG in file.metadata:
+        try:
+            return build(COMPONENTS[component], json.loads(file.metadata[CONFIG]), where=f"{path}: {CONFIG}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"The configuration that {path} says of itself cannot be read: {error}.") from error
+    return _vae_config(given) if component == "vae" else _dit_config(file, layout, given, path)
+
+
+def _vae_config(given: Mapping[str, Any]) -> VAEConfig:
     fields = {ours: given[theirs] for theirs, ours in _VAE_FIELDS.items() if theirs in given}
-    config = VAEConfig(**fields, convolution=given.get("convolution", "volume"))
-    return config, _assemble(config, tensors, folder=folder)
+    return build(VAEConfig, fields | {"convolution": given.get("convolution", "volume")}, where="config.json")
 
 
-def _assemble(config: VAEConfig, tensors: dict[str, Any], *, folder: Path) -> Any:
-    flat = traverse_util.flatten_dict(abstract_params(config), sep="/")
-    names = {vae_name(p): p for p in flat}
-    missing, unknown = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
-    if missing or unknown:
-        raise UserError(f"The VAE in {folder} does not match its config.json: missing {missing[:5]}, unknown {unknown[:5]}.")
-    params = {}
-    for name, path in names.items():
-        value = from_released(path, tensors[name].astype(jnp.float32))
-        if value.shape != flat[path].shape:
-            raise UserError(f"The VAE in {folder}: {name} has shape {tensors[name].shape}, which does not fit {flat[path].shape}.")
-        params[path] = value
-    return traverse_util.unflatten_dict(params, sep="/")
+def _dit_config(file: TensorFile, layout: str, given: Mapping[str, Any], path: Path) -> DiTConfig:
+    """Sizes from shapes; only how heads are turned by positions cannot be seen in them."""
+    shape = functools.partial(_shape_of, file, layout)
+    patches, final = shape("img_in.proj.weight"), shape("final_layer.linear.weight")
+    head = shape("double_blocks.0.img_attn_q_norm.weight") or shape("single_blocks.0.q_norm.weight")
+    text, pooled = shape("txt_in.input_embedder.weight"), shape("vector_in.in_layer.weight")
+    mlp, single = shape("double_blocks.0.img_mlp.fc1.weight"), shape("single_blocks.0.linear2.weight")
+    if not (patches and final and head and text and pooled) or len(patches) != 5 or not (mlp or single):
+        raise UserError(f"What model the tensors in {path} are cannot be told: embeddings, a block or the final layer are missing.")
+    width = patches[0]
+    hidden = mlp[0] if mlp else single[1] - width  # type: ignore[index]
+    counts = {stack: _count(file, layout, released) for stack, released in layouts.STACKS.items()}
+    return DiTConfig(
+        width=width,
+        num_heads=width // head[0],
+        num_double_blocks=counts["double_blocks"],
+        num_single_blocks=counts["single_blocks"],
+        num_refiner_blocks=counts["txt_in/individual_token_refiner"],
+        text_dim=text[1],
+        pooled_dim=pooled[1],
+        mlp_ratio=hidden / width,
+        patch_size=patches[2:],  # type: ignore[arg-type]
+        in_channels=patches[1],
+        out_channels=final[0] // math.prod(patches[2:]),
+        guidance_embed=shape("guidance_in.mlp.0.weight") is not None,
+        rope_axes=tuple(given.get("rope_axes_dim") or _usual_rope_axes(head[0], path)),  # type: ignore[arg-type]
+        rope_theta=given.get("rope_theta", 256.0),
+    )
+
+
+def _usual_rope_axes(head_dim: int, path: Path) -> tuple[int, int, int]:
+    """An eighth of the head for frames, the rest for rows and columns, as all released models have it."""
+    axes = (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16)
+    if sum(axes) != head_dim or any(n % 2 for n in axes):
+        raise UserError(
+            f"How heads of {head_dim} channels are turned cannot be told from {path}; put a config.json with rope_axes_dim beside it."
+        )
+    return axes
+
+
+def _shape_of(file: TensorFile, layout: str, released: str) -> tuple[int, ...] | None:
+    name = layouts.renamed(released, layout)
+    return file.tensors[name].shape if name in file.tensors else None
+
+
+def _count(file: TensorFile, layout: str, released: str) -> int:
+    """Blocks of a stack."""
+    prefix = layouts.renamed(f"{released}.0.", layout).removesuffix("0.")
+    numbers = [re.match(re.escape(prefix) + r"(\d{1,4})\.", name) for name in file.tensors]
+    return len({int(found[1]) for found in numbers if found})
+
+
+# --- Writing -------------------------------------------------------------------------------------------------------------------
+
+
+def weights_of(config: Config, params: Any) -> Weights:
+    """Our parameters as weights in the native layout. Raises `UserError` where they are not those of `config`."""
+    flat = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}
+    expected = layouts.abstract_params(config)
+    unknown, missing = sorted(flat.keys() - expected.keys()), sorted(expected.keys() - flat.keys())
+    wrong = [path for path in expected.keys() & flat.keys() if flat[path].shape != expected[path].shape]
+    if unknown or missing or wrong:
+        raise UserError(
+            "The parameters are not those of the config: "
+            f"unknown are {unknown[:5]}, missing are {missing[:5]}, and of another shape {wrong[:5]}."
+        )
+    places = layouts.places(config).values()
+    return Weights(config, "native", {p.name: InMemory(flat[p.path] if p.layer is None else flat[p.path][p.layer]) for p in places}, {})
+
+
+def write(
+    weights: Weights, target: Path, layout: str, *, dtype: str | np.dtype = "keep", metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes weights in a layout: to one file if `target` ends with .safetensors, else into a folder.
+
+    A folder has config.json beside the tensors, as diffusers reads it; the native layout says the same in its metadata alone.
+    """
+    chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    table, places = layouts.table(layout, weights.config), layouts.places(weights.config)
+    specs = {}
+    for name, part in table.items():
+        place = places[part.tensor]
+        shape = place.native_shape if layout == "native" else (part.num_rows, *place.shape[1:])
+        specs[name] = jax.ShapeDtypeStruct(shape, chosen or weights.dtype(part.tensor))
+    said = _metadata(weights, metadata or {})
+    tensors = _tensors(weights, layout, specs)
+    if target.suffix == ".safetensors":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(target, specs, tensors, metadata=said)
+        return
+    theirs = None if layout == "native" else diffusers_config(weights.config, said)  # before anything is written: not every config has one
+    write_sharded(target, STEM, specs, tensors, metadata=said)
+    if theirs is not None:
+        write_json(target / "config.json", theirs)
+
+
+def _tensors(weights: Weights, layout: str, specs: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    places, last, value = layouts.places(weights.config), None, np.empty(0)
+    for name, part in tqdm(layouts.table(layout, weights.config).items(), desc="write", unit="tensor", dynamic_ncols=True, disable=None):
+        if part.tensor != last:
+            last, value = part.tensor, weights.read(part.tensor)
+        runs = [value[start:stop] for start, stop in part.rows]
+        out = runs[0] if len(runs) == 1 else np.concatenate(runs)
+        out = places[part.tensor].from_torch(out) if layout == "native" else out
+        yield out.astype(specs[name].dtype, copy=False)
+
+
+def _metadata(weights: Weights, more: Mapping[str, str]) -> dict[str, str]:
+    """What a reader should know: the config, and whether guidance is built in, in which case nobody may guide twice."""
+    config = {name: value for name, value in dataclasses.asdict(weights.config).items() if name not in OURS_ALONE}
+    kept = {name: text for name, text in weights.metadata.items() if name not in (CONFIG, "format")}
+    said = {"format": "pt", CONFIG: json.dumps(config, sort_keys=True), **kept, **more}
+    if isinstance(weights.config, DiTConfig):
+        said["guidance_distilled"] = str(weights.config.guidance_embed).lower()
+    return said
+
+
+def diffusers_config(config: Config, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """config.json as diffusers writes it. Raises `UserError` for a model that diffusers does not have."""
+    if isinstance(config, VAEConfig):
+        fields = {theirs: getattr(config, ours) for theirs, ours in _VAE_FIELDS.items()}
+        return {"_class_name": "AutoencoderKLHunyuanVideo", **fields, "mid_block_add_attention": True}
+    frames, rows, columns = config.patch_size
+    if rows != columns:
+        raise UserError(f"diffusers has square patches alone, not {config.patch_size}; write the layout 'native' to a .safetensors file.")
+    concat = "latent_concat" if config.in_channels == 2 * config.out_channels + 1 else None
+    return {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        **{theirs: getattr(config, ours) for theirs, ours in _DIT_FIELDS.items()},
+        "attention_head_dim": config.head_dim,
+        "patch_size": rows,
+        "patch_size_t": frames,
+        "qk_norm": "rms_norm",
+        CONDITION: metadata.get(CONDITION, concat),
+    }
+
+
+def verify(weights: Weights, written: Path, *, dtype: str) -> int:
+    """Reads what was written and compares every bit; returns the number of tensors. Raises `UserError` at the first difference."""
+    again = open_weights(written)
+    for tensor in layouts.places(weights.config):
+        expected, came = weights.read(tensor), again.read(tensor)
+        expected = expected.astype(DTYPES[dtype] or expected.dtype, copy=False)
+        if np.ascontiguousarray(expected).tobytes() != np.ascontiguousarray(came).tobytes():
+            raise UserError(f"{tensor} in {written} is not what was read. Write it again; if that does not help, the disk is at fault.")
+    return len(layouts.places(weights.config))
+
+
+# --- Parameters ------------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, component: str = "transformer", *, shardings: Mapping[str, NamedSharding] | None = None) -> tuple[Any, Any]:
+    """Config and float32 parameters of a component in any layout.
+
+    With `shardings`, by parameter path, the parameters come to lie so on the mesh. Each process then reads its share of every
+    tensor from the file, the devices exchange what was read, and no host holds more than a tensor at a time. Raises `UserError`
+    where the weights are not whole.
+    """
+    if component not in COMPONENTS:
+        raise UserError(f"Component {component!r} cannot be loaded. {nearest(component, list(COMPONENTS))}")
+    weights = open_weights(path, component=component)
+    by_path: dict[str, dict[int | None, str]] = {}
+    for tensor, place in layouts.places(weights.config).items():
+        by_path.setdefault(place.path, {})[place.layer] = tensor
+    flat = {}
+    for name, leaf in layouts.abstract_params(weights.config).items():
+        tensors = by_path[name]
+        flat[name] = _in_memory(weights, tensors) if shardings is None else _placed(weights, tensors, leaf.shape, shardings[name])
+    return weights.config, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _in_memory(weights: Weights, tensors: Mapping[int | None, str]) -> jax.Array:
+    """A parameter on the default device."""
+    read = lambda tensor: layouts.places(weights.config)[tensor].from_torch(weights.read(tensor)).astype(np.float32)  # noqa: E731
+    return jnp.asarray(read(tensors[None]) if None in tensors else np.stack([read(tensors[layer]) for layer in range(len(tensors))]))
+
+
+def _placed(weights: Weights, tensors: Mapping[int | None, str], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """A parameter on its devices, from one released tensor, or from one for each layer."""
+    if None in tensors:
+        return jax.jit(lambda value: value, out_shardings=sharding)(_read_apart(weights, tensors[None], sharding))
+    stack = jax.jit(functools.partial(jnp.zeros, shape), out_shardings=sharding)()
+    # The stack is given away at each call, so that there is one of it and not two.
+    put = jax.jit(lambda stack, layer, value: stack.at[layer].set(value), out_shardings=sharding, donate_argnums=0)
+    for layer in range(shape[0]):
+        stack = put(stack, layer, _read_apart(weights, tensors[layer], sharding))
+    return stack
+
+
+def _read_apart(weights: Weights, tensor: str, near: NamedSharding) -> jax.Array:
+    """A tensor as we have it, in float32, of which each device of a mesh has read a run of the file's rows, where these divide."""
+    place = layouts.places(weights.config)[tensor]
+    axes: tuple[str, ...] = ()
+    for axis in near.mesh.axis_names:
+        if place.shape[0] % math.prod(near.mesh.shape[a] for a in (*axes, axis)) == 0:
+            axes = (*axes, axis)
+    apart = NamedSharding(near.mesh, PartitionSpec(*(None,) * (len(place.native_shape) - 1), axes))
+    read = functools.cache(lambda start, stop: place.from_torch(weights.read(tensor, start, stop)).astype(np.float32))
+
+    def rows(index: Any) -> np.ndarray:
+        start, stop, _ = index[-1].indices(place.shape[0])
+        return read(start, stop)
+
+    return jax.make_array_from_callback(place.native_shape, apart, rows)
+
+
+def main(argv: list[str]) -> None:
+    flags.DEFINE_string("src", None, "A file of weights or the folder of one component.")
+    flags.DEFINE_string("dst", None, "A .safetensors file or a folder.")
+    flags.DEFINE_enum("to", None, LAYOUTS, "The layout to write.")
+    flags.DEFINE_enum("dtype", "keep", sorted(DTYPES), "The type that tensors are stored in.")
+    flags.DEFINE_bool("verify", False, "Read what was written and compare every bit.")
+    flags.DEFINE_multi_string("ignore", [], "Pattern of tensors to leave out that no model has; may be given several times.")
+    flags.DEFINE_string("key", None, "Entry of a .pt file that holds the weights, such as module or ema.")
+    parse_flags(argv, required=("src", "dst", "to"))
+    f = flags.FLAGS
+    weights = open_weights(Path(f.src), ignore=f.ignore, key=f.key)
+    if "licence" in weights.metadata:
+        print(LICENCE, file=sys.stderr)
+    kind = "VAE" if isinstance(weights.config, VAEConfig) else "transformer"
+    print(f"convert: a {kind} in the {weights.layout} layout, {len(weights.stored)} tensors")
+    write(weights, Path(f.dst), f.to, dtype=f.dtype)
+    done = f", {verify(weights, Path(f.dst), dtype=f.dtype)} tensors verified" if f.verify else ""
+    print(f"convert: {f.dst} is written{done}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,9 +7,9 @@ of a video comes from the seed and the prompt's number alone, so any part of a l
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from hunyuan_jax.checkpoint import load_params, read_model
+from hunyuan_jax.checkpoint import Kept, load_params, read_model
 from hunyuan_jax.codec import load_codec
 from hunyuan_jax.data.captions import clean_text
 from hunyuan_jax.data.dataset import write_json
@@ -43,7 +43,7 @@ class Model:
     video: dict[str, Any]  # frames, height, width and fps it was trained on
 
 
-def load_model(workdir: Path, *, weights: str = "ema") -> Model:
+def load_model(workdir: Path, *, weights: Kept = "ema") -> Model:
     """The model in a training run's folder. Raises `UserError` where there is none, or where it is of another task."""
     said = read_model(workdir)
     if said.get("task") != "t2v":
@@ -97,6 +97,17 @@ def _read_prompt(line: str, *, where: str, as_json: bool) -> dict[str, Any]:
     return {**row, "prompt": clean_text(row["prompt"])}
 
 
+def check_guidance(model: DiTConfig, asked: Collection[str], sampling: SamplingConfig, *, twice: bool) -> None:
+    """Raises `UserError` where a model would be guided in a way that it was not trained for."""
+    if model.guidance_embed and sampling.cfg_scale != 1.0 and not twice:
+        raise UserError(
+            f"The model is guidance-distilled: guidance is built in, and cfg_scale {sampling.cfg_scale} would guide it a second time, at "
+            "twice the cost. Leave --cfg_scale at 1 and set the scale with --guidance, or add --guide_twice if that is what you want."
+        )
+    if "guidance" in asked and not model.guidance_embed:
+        raise UserError("The model takes no guidance scale as an input (it is not guidance-distilled). Use --cfg_scale.")
+
+
 def noise_for(numbers: Sequence[int], shape: tuple[int, ...], *, seed: int) -> jax.Array:
     """Standard normal noise for prompts by their numbers."""
     keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(jnp.asarray(numbers, jnp.uint32))
@@ -128,12 +139,14 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("prompt", None, "One prompt.")
     flags.DEFINE_string("prompts", None, "A file of prompts: text, or .jsonl with a prompt field.")
     flags.DEFINE_string("output", None, "Folder for the videos and index.json.")
-    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "The averaged weights, or the last ones.")
+    flags.DEFINE_enum("weights", "ema", get_args(Kept), "The averaged weights, or the last ones.")
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("batch", 16, "Prompts sampled at once.", lower_bound=1)
     flags.DEFINE_integer("steps", None, "Euler steps; the run's own where not given.")
     flags.DEFINE_float("shift", None, "Shift of the sampling times.")
     flags.DEFINE_float("cfg_scale", None, "Strength of two-pass guidance; 1 is a single pass.")
+    flags.DEFINE_float("guidance", None, "The scale that a guidance-distilled model takes as an input.")
+    flags.DEFINE_bool("guide_twice", False, "Allow two-pass guidance of a guidance-distilled model.")
     flags.DEFINE_list("size", None, "frames,height,width; those of training where not given.")
     parse_flags(argv, required=("checkpoint", "output"))
     f = flags.FLAGS
@@ -141,8 +154,9 @@ def main(argv: list[str]) -> None:
         raise UserError("Give either --prompt or --prompts.")
     rows = read_prompts(Path(f.prompts)) if f.prompts else [_read_prompt(f.prompt, where="--prompt", as_json=False)]
     model = load_model(Path(f.checkpoint), weights=f.weights)
-    changed = {name: getattr(f, name) for name in ("steps", "shift", "cfg_scale") if getattr(f, name) is not None}
+    changed = {name: getattr(f, name) for name in ("steps", "shift", "cfg_scale", "guidance") if getattr(f, name) is not None}
     sampling = dataclasses.replace(model.task.sampling, **changed)
+    check_guidance(model.task.model, changed, sampling, twice=f.guide_twice)
     size = _parse_size(f.size) if f.size else (model.video["frames"], model.video["height"], model.video["width"])
 
     output = Path(f.output)

@@ -44,7 +44,7 @@ def world(tmp_path_factory) -> Path:
     command("data_prep.shapes_world", "--output", f"{run}/raw", "--clips", "48", "--seed", "3", "--workers", "2")
     command("data_prep.curate", "--input", f"{run}/raw", "--output", f"{run}/clips", "--config", "configs/curation.py", "--workers", "1")
     params = jax.jit(lambda key: VAE(TINY_VAE).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
-    convert.save_vae(run / "random_vae", TINY_VAE, params)
+    convert.write(convert.weights_of(TINY_VAE, params), run / "random_vae", "diffusers")
     config = ("--config=configs/quickstart.py:encode", "--config.clips_per_shard=20")
     command("data_prep.encode", "--clips", f"{run}/clips", "--vae", f"{run}/random_vae", "--output", f"{run}/latents", *config)
     return run
@@ -95,7 +95,7 @@ def test_resumed_run_equals_uninterrupted_run(world, trained, tmp_path):
     train(tiny_t2v(world, 6), tmp_path)
     model = generate.load_model(trained)
     abstract = jax.eval_shape(lambda: model.task.init(jax.random.key(0)))
-    for weights in ("ema", "params"):
+    for weights in ("ema", "raw"):
         (whole, at), (resumed, also_at) = (load_params(folder, abstract, weights=weights) for folder in (trained, tmp_path))
         assert at == also_at == 6
         jax.tree.map(np.testing.assert_array_equal, whole, resumed)

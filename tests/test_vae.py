@@ -1,17 +1,13 @@
 """Laws of the causal 3D VAE: its size, causality, exact time layout, two ways to convolve, and its files."""
 
-import csv
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from hunyuan_jax import convert
 from hunyuan_jax.errors import UserError
@@ -28,7 +24,6 @@ from hunyuan_jax.models.vae import (
 )
 
 SMALL = VAEConfig(latent_channels=4, block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
-RELEASED_NAMES = Path(__file__).parents[2] / "shared" / "keys" / "keys_vae.tsv"
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
@@ -60,17 +55,6 @@ def test_the_default_config_is_the_released_model_in_size():
     assert {name: count(part) for name, part in params.items()} == parts
     assert count(params) == 246_478_803
     assert len(jax.tree.leaves(params)) == 248
-
-
-def test_names_and_shapes_are_those_of_the_released_checkpoint():
-    if not RELEASED_NAMES.is_file():
-        pytest.skip(f"the list of released names is not at {RELEASED_NAMES}")
-    with RELEASED_NAMES.open() as file:
-        released = {name: tuple(json.loads(shape)) for name, shape in csv.reader(file, delimiter="\t")}
-    ours = traverse_util.flatten_dict(abstract_params(VAEConfig()), sep="/")
-    assert {
-        convert.vae_name(path): convert.to_released(path, np.empty(leaf.shape, np.bool_)).shape for path, leaf in ours.items()
-    } == released
 
 
 @pytest.mark.parametrize("strides", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
@@ -153,62 +137,11 @@ def test_kl_is_zero_for_the_standard_normal_and_has_its_closed_form():
 
 def test_saved_weights_load_exactly_and_with_their_config(tmp_path, small_params):
     config = dataclasses.replace(SMALL, convolution="planes", scaling_factor=0.7)
-    convert.save_vae(tmp_path, config, small_params)
+    convert.write(convert.weights_of(config, small_params), tmp_path, "diffusers")
     loaded_config, loaded = convert.load(tmp_path, component="vae")
     assert loaded_config == config
     jax.tree.map(np.testing.assert_array_equal, loaded, small_params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", convert.VAE_WEIGHTS]
-
-
-def without_a_tensor(folder: Path, params) -> None:
-    params = {**params, "quant_conv": {"kernel": params["quant_conv"]["kernel"]}}
-    convert.save_vae(folder, SMALL, params)
-
-
-def with_an_unknown_tensor(folder: Path, params) -> None:
-    convert.save_vae(folder, SMALL, {**params, "extra": {"bias": jnp.zeros(3)}})
-
-
-def with_a_wrong_shape(folder: Path, params) -> None:
-    convert.save_vae(folder, SMALL, {**params, "quant_conv": {**params["quant_conv"], "bias": jnp.zeros(3)}})
-
-
-def with_a_cut_file(folder: Path, params) -> None:
-    convert.save_vae(folder, SMALL, params)
-    weights = folder / convert.VAE_WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def with_a_broken_config(folder: Path, params) -> None:
-    convert.save_vae(folder, SMALL, params)
-    (folder / "config.json").write_text("{")
-
-
-def without_weights(folder: Path, params) -> None:
-    convert.save_vae(folder, SMALL, params)
-    (folder / convert.VAE_WEIGHTS).unlink()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (without_a_tensor, r"missing \['quant_conv.bias'\]"),
-        (with_an_unknown_tensor, r"unknown \['extra.bias'\]"),
-        (with_a_wrong_shape, "quant_conv.bias has shape"),
-        (with_a_cut_file, "cannot be read"),
-        (with_a_broken_config, "cannot be read"),
-        (without_weights, "holds no VAE"),
-    ],
-)
-def test_weights_that_are_not_a_whole_vae_are_refused(tmp_path, small_params, spoil, said):
-    spoil(tmp_path, small_params)
-    with pytest.raises(UserError, match=said):
-        convert.load(tmp_path, component="vae")
-
-
-def test_a_component_that_is_not_known_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded"):
-        convert.load(tmp_path, component="vea")
 
 
 @pytest.fixture(scope="module")

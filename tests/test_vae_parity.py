@@ -72,7 +72,7 @@ def test_decoding_agrees_with_diffusers(models, size, convolution):
 
 def test_a_saved_vae_is_read_by_diffusers(models, tmp_path):
     theirs, config, params = models
-    convert.save_vae(tmp_path, config, params)
+    convert.write(convert.weights_of(config, params), tmp_path, "diffusers")
     again = AutoencoderKLHunyuanVideo.from_pretrained(tmp_path, local_files_only=True)
     for (name, there), (_, here) in zip(again.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(there.double(), here), name
