@@ -119,6 +119,7 @@ def _t2v(frames: int, steps: int, *, num_heads: int) -> ConfigDict:
         {
             "task": "t2v",
             "seed": 0,
+            "start": "",
             "model": {
                 "width": 32 * num_heads,
                 "num_heads": num_heads,

@@ -33,6 +33,7 @@ def get_config(stage: str = "image_256") -> ConfigDict:
             "stage": stage,
             "task": "t2v",
             "seed": 0,
+            "start": "",  # weights to go on from, in any layout: the stage before, exported, or released ones
             "model": {
                 "width": 3072,
                 "num_heads": 24,

@@ -147,8 +147,3 @@ def _newest(workdir: Path, weights: Kept) -> tuple[Path, int]:
 
 def _of_another_model(workdir: Path, said: str) -> UserError:
     return UserError(f"The checkpoint in {workdir} is of another model than its model.json says: {said}")
-
-
-def abstract_like(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)

@@ -46,7 +46,7 @@ VAE_WEIGHTS = f"{STEM}.safetensors"
 PREFIXES = ("model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "model.", "vae.")
 CONFIG = "hunyuan_jax.config"  # key of the metadata that a file of ours has
 CONDITION = "image_condition_type"  # key of diffusers' config.json, and of our metadata, that no shape tells
-OURS_ALONE = ("remat", "dtype")  # fields that say how to compute and not what the weights are
+HOW = ("remat", "dtype", "convolution")  # fields that say how to compute and not what the weights are
 
 LICENCE = (
     "Weights released by Tencent are under the Tencent Hunyuan Community License, converted or not: not for the EU, the UK and South "
@@ -293,6 +293,12 @@ def _count(file: TensorFile, layout: str, released: str) -> int:
     return len({int(found[1]) for found in numbers if found})
 
 
+def differences(one: Config, other: Config) -> str:
+    """In which fields two configs want different weights, in words; empty where the same weights serve both."""
+    a, b = dataclasses.asdict(one), dataclasses.asdict(other)
+    return ", ".join(f"{name} is {a[name]} there and {b[name]} here" for name in a if name not in HOW and a[name] != b[name])
+
+
 # --- Writing -------------------------------------------------------------------------------------------------------------------
 
 
@@ -350,9 +356,8 @@ def _tensors(weights: Weights, layout: str, specs: Mapping[str, Any]) -> Iterato
 
 def _metadata(weights: Weights, more: Mapping[str, str]) -> dict[str, str]:
     """What a reader should know: the config, and whether guidance is built in, in which case nobody may guide twice."""
-    config = {name: value for name, value in dataclasses.asdict(weights.config).items() if name not in OURS_ALONE}
     kept = {name: text for name, text in weights.metadata.items() if name not in (CONFIG, "format")}
-    said = {"format": "pt", CONFIG: json.dumps(config, sort_keys=True), **kept, **more}
+    said = {"format": "pt", CONFIG: json.dumps(dataclasses.asdict(weights.config), sort_keys=True), **kept, **more}
     if isinstance(weights.config, DiTConfig):
         said["guidance_distilled"] = str(weights.config.guidance_embed).lower()
     return said

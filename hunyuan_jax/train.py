@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
+from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
-from hunyuan_jax import metrics
-from hunyuan_jax.checkpoint import Checkpoints, abstract_like, write_model
+from hunyuan_jax import convert, metrics
+from hunyuan_jax.checkpoint import Checkpoints, write_model
 from hunyuan_jax.data import loader
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
@@ -53,7 +54,7 @@ class LoopConfig:
             raise UserError("train: steps, log_every and checkpoint_every must be at least 1.")
 
 
-SECTIONS = ("task", "seed", "data", "optimizer", "ema", "mesh", "train")
+SECTIONS = ("task", "seed", "start", "data", "optimizer", "ema", "mesh", "train")
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -71,6 +72,8 @@ def train(config: ConfigDict, workdir: Path) -> None:
     dataset = open_dataset(data_config.path, kind=data_config.kind)
     schedule = loader.training_schedule(data_config, dataset, buckets=buckets, seed=config.seed)
     task = make_task(config, dataset)
+    if config.start:
+        check_start(task, config.start)
 
     workdir.mkdir(parents=True, exist_ok=True)
     write_model(workdir, task.describe())
@@ -81,10 +84,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     optimizer = make_optimizer(optimizer_config)
     key = jax.random.key(config.seed)
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, keep=loop.keep)) as checkpoints:
-        state = make_state(task, optimizer, key=key, mesh=mesh)
         batches = loader.Loader(data_config, schedule, dataset, sharding=batch_sharding(mesh), steps=loop.steps)
-        if checkpoints.latest() is not None:
-            state, position = checkpoints.restore(abstract_like(state))
+        if checkpoints.latest() is None:
+            state = make_state(task, optimizer, key=key, mesh=mesh, start=config.start)
+        else:
+            state, position = checkpoints.restore(abstract_state(task, optimizer, mesh))
             batches.restore(position)
         start = int(state.step)
         if start >= loop.steps:
@@ -134,11 +138,31 @@ def _due(done: int, every: int, last: int) -> bool:
     return every > 0 and (done % every == 0 or done == last)
 
 
-def make_state(task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding.Mesh) -> TrainState:
-    """The initial state, made in place on the mesh: parameters, optimizer and average sharded alike."""
+def check_start(task: Task, start: str) -> None:
+    """Raises `UserError` where the weights to start from are not of the task's model."""
+    weights = convert.open_weights(start, component=task.component)
+    there, here = (said.get("prediction", "velocity") for said in (weights.metadata, task.describe()))
+    if there != here:
+        raise UserError(f"The weights in {start} predict {there}, and the config says prediction={here!r}; set them alike.")
+    if different := convert.differences(weights.config, task.model):
+        raise UserError(f"The weights in {start} are of another model than the config's: {different}. Set the config's model alike.")
+
+
+def abstract_state(task: Task, optimizer: Any, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the training state, without memory."""
+    shapes = jax.eval_shape(lambda: init_state(task.init(jax.random.key(0)), optimizer))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, shapes, state_shardings(shapes, mesh))
+
+
+def make_state(task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding.Mesh, start: str = "") -> TrainState:
+    """The initial state, made in place on the mesh: from random parameters, or from the weights at `start`, in any layout."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh))
+    if start:
+        by_path = traverse_util.flatten_dict(shardings.params, sep="/")
+        params = convert.load(start, task.component, shardings=by_path)[1]
+        return jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)(params)
     init = lambda: init_state(task.init(jax.random.fold_in(key, 0x1417)), optimizer)  # noqa: E731
-    shapes = jax.eval_shape(init)
-    shardings = state_shardings(shapes, mesh)
     return jax.jit(init, out_shardings=shardings)()
 
 

@@ -22,10 +22,13 @@ from hunyuan_jax.export import export  # noqa: E402
 from hunyuan_jax.models.dit import DiTConfig  # noqa: E402
 from hunyuan_jax.models.layouts import LAYOUTS  # noqa: E402
 from hunyuan_jax.models.vae import VAEConfig  # noqa: E402
+from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from hunyuan_jax.sampling import SamplingConfig  # noqa: E402
 from hunyuan_jax.settings import build  # noqa: E402
 from hunyuan_jax.tasks.t2v import T2VLossConfig, T2VTask, encode_texts  # noqa: E402
 from hunyuan_jax.tasks.vae import VAELossConfig, VAETask  # noqa: E402
+from hunyuan_jax.train import check_start, make_state  # noqa: E402
 from hunyuan_jax.train_step import TrainState  # noqa: E402
 
 SIZE = (5, 32, 48)  # frames, height, width
@@ -192,3 +195,28 @@ def test_a_model_is_guided_in_the_way_it_was_trained_for(codec, changes, asked, 
     generate.check_guidance(other, asked, sampling, twice=False)
     if model.guidance_embed:
         generate.check_guidance(model, asked, sampling, twice=True)
+
+
+@pytest.mark.parametrize("layout", ["native", "comfyui"])
+def test_training_starts_from_exported_weights(run, tmp_path, layout):
+    export(run, tmp_path, layout=layout, weights="ema", dtype="keep")
+    model, start = generate.load_model(run), str(tmp_path / "transformer")
+    check_start(model.task, start)
+    state = make_state(
+        model.task, make_optimizer(OptimizerConfig(learning_rate=1e-3)), key=jax.random.key(0), mesh=make_mesh(MeshConfig()), start=start
+    )
+    jax.tree.map(np.testing.assert_array_equal, state.params, model.params)
+    jax.tree.map(np.testing.assert_array_equal, state.ema, model.params)
+    assert state.step == 0
+
+
+def test_training_does_not_start_from_weights_of_another_model(run, codec, tmp_path):
+    export(run, tmp_path, layout="diffusers", weights="ema", dtype="keep")
+    start, task = str(tmp_path / "transformer"), t2v_task(codec)
+    check_start(dataclasses.replace(task, model=dataclasses.replace(task.model, remat="full", dtype="bfloat16")), start)
+    with pytest.raises(UserError, match="num_single_blocks is 2 there and 3 here, guidance_embed is True there and False here"):
+        check_start(dataclasses.replace(task, model=dataclasses.replace(task.model, num_single_blocks=3, guidance_embed=False)), start)
+    with pytest.raises(UserError, match="predict velocity, and the config says prediction='data'"):
+        check_start(dataclasses.replace(task, prediction="data"), start)
+    with pytest.raises(UserError, match="holds a vae, where a transformer was expected"):
+        check_start(task, str(tmp_path / "vae"))

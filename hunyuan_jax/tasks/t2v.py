@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,8 @@ class T2VTask:
     `prediction` says what the DiT's output means: the velocity, as in all released models, or the data, from which the velocity
     follows. A token of many more values than a small model is wide can hold no noise, which a velocity is half of, but the data.
     """
+
+    component: ClassVar[str] = "transformer"
 
     model: DiTConfig
     prediction: Prediction

@@ -1,7 +1,7 @@
 """What a task is: a way to initialise parameters, a loss, metrics on held-out data, and a preview."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -15,7 +15,15 @@ Params = Any
 
 
 class Task(Protocol):
-    """The interface that `train.py` runs; tasks are pure, all state lives in the training state."""
+    """The interface that `train.py` runs; tasks are pure, all state lives in the training state.
+
+    `component` is what weights of the model are called in files, `model` its config.
+    """
+
+    component: ClassVar[str]
+
+    @property
+    def model(self) -> Any: ...
 
     @classmethod
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "Task":

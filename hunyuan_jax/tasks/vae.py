@@ -6,7 +6,7 @@ loss = mean |decode(z) - frames| + kl_weight * KL(posterior || N(0, 1)) per late
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from hunyuan_jax import convert
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.dataset import Dataset
 from hunyuan_jax.data.transforms import to_uint8
-from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
@@ -39,18 +37,16 @@ def psnr_db(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float
 
 @dataclasses.dataclass(frozen=True)
 class VAETask:
-    """`start` is a folder with the weights to go on from, in the released layout; "" begins from random ones."""
+    """Training of the VAE on clips of frames."""
+
+    component: ClassVar[str] = "vae"
 
     model: VAEConfig
     loss_config: VAELossConfig
-    start: str = ""
 
     @classmethod
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "VAETask":
-        model = build(VAEConfig, config.model, where="model")
-        if config.start and (there := convert.load(config.start, component="vae")[0]) != model:
-            raise UserError(f"The weights in {config.start} are of another VAE ({there}) than the config's model ({model}).")
-        return cls(model, build(VAELossConfig, config.loss, where="loss"), config.start)
+        return cls(build(VAEConfig, config.model, where="model"), build(VAELossConfig, config.loss, where="loss"))
 
     def describe(self) -> dict[str, Any]:
         return {"task": "vae", "model": dataclasses.asdict(self.model)}
@@ -59,8 +55,6 @@ class VAETask:
         """Nothing: the parameters are all there is."""
 
     def init(self, key: PRNGKeyArray) -> Params:
-        if self.start:
-            return convert.load(self.start, component="vae")[1]
         frames = jnp.zeros((1, 1 + self.model.temporal_compression, *(2 * [2 * self.model.spatial_compression]), 3))
         return VAE(self.model).init(key, frames)["params"]
 
