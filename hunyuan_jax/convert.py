@@ -48,6 +48,7 @@ CONFIG = "hunyuan_jax.config"  # key of the metadata that a file of ours has
 CONDITION = "image_condition_type"  # key of diffusers' config.json, and of our metadata, that no shape tells
 HOW = ("remat", "dtype", "convolution")  # fields that say how to compute and not what the weights are
 
+LICENCE_KEY = "licence"  # key of the metadata of weights that were not trained here
 LICENCE = (
     "Weights released by Tencent are under the Tencent Hunyuan Community License, converted or not: not for the EU, the UK and South "
     "Korea, and not to improve other models."
@@ -170,7 +171,7 @@ def open_weights(path: str | Path, *, component: str | None = None, ignore: Sequ
     config = _config_of(file, found, layout, given, path)
     _check(file, layouts.table(layout, config), config, path=path, ignore=ignore)
     condition = {CONDITION: given[CONDITION]} if isinstance(given.get(CONDITION), str) else {}
-    licence = {} if CONFIG in file.metadata else {"licence": LICENCE}
+    licence = {} if CONFIG in file.metadata else {LICENCE_KEY: LICENCE}
     return Weights(config, layout, file.tensors, {**condition, **licence, **file.metadata})
 
 
@@ -463,7 +464,7 @@ def main(argv: list[str]) -> None:
     parse_flags(argv, required=("src", "dst", "to"))
     f = flags.FLAGS
     weights = open_weights(Path(f.src), ignore=f.ignore, key=f.key)
-    if "licence" in weights.metadata:
+    if LICENCE_KEY in weights.metadata:
         print(LICENCE, file=sys.stderr)
     kind = "VAE" if isinstance(weights.config, VAEConfig) else "transformer"
     print(f"convert: a {kind} in the {weights.layout} layout, {len(weights.stored)} tensors")

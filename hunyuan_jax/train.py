@@ -144,6 +144,8 @@ def check_start(task: Task, start: str) -> None:
     there, here = (said.get("prediction", "velocity") for said in (weights.metadata, task.describe()))
     if there != here:
         raise UserError(f"The weights in {start} predict {there}, and the config says prediction={here!r}; set them alike.")
+    if convert.LICENCE_KEY in weights.metadata:
+        logging.info("%s: %s", start, convert.LICENCE)
     if different := convert.differences(weights.config, task.model):
         raise UserError(f"The weights in {start} are of another model than the config's: {different}. Set the config's model alike.")
 

@@ -130,6 +130,46 @@ def test_diffusers_and_we_compute_the_same_from_each_others_files(tmp_path, name
     np.testing.assert_array_equal(theirs(again, x), expected)
 
 
+def test_how_images_condition_a_model_survives_layouts_that_do_not_say_it(tmp_path):
+    diffusers_dit(CONFIGS["guided"], image_condition="token_replace").save_pretrained(tmp_path / "theirs")
+    write(open_weights(tmp_path / "theirs"), tmp_path / "ours.safetensors", "comfyui")
+    write(open_weights(tmp_path / "ours.safetensors"), tmp_path / "again", "diffusers")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["image_condition_type"] == "token_replace"
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "hunyuan_jax.convert", *arguments],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_command_names_the_licence_of_weights_from_elsewhere_and_of_what_came_of_them(tmp_path):
+    config = dataclasses.replace(TINY, num_double_blocks=1, num_single_blocks=1)
+    tensors = {name: torch.from_numpy(tensor.value) for name, tensor in random_weights(config).stored.items()}
+    torch.save({"module": tensors}, tmp_path / "weights.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"rope_axes_dim": config.rope_axes}))
+    first = command("--src", f"{tmp_path}/weights.pt", "--dst", f"{tmp_path}/ours.safetensors", "--to", "native", "--verify")
+    assert first.returncode == 0, first.stderr
+    assert "a transformer in the tencent layout" in first.stdout
+    assert f"{len(tensors)} tensors verified" in first.stdout
+    second = command("--src", f"{tmp_path}/ours.safetensors", "--dst", f"{tmp_path}/theirs", "--to", "diffusers")
+    for done in (first, second):
+        assert done.stderr.count("Tencent Hunyuan Community License") == 1
+    assert_equal_bits(open_weights(tmp_path / "theirs"), random_weights(config))
+
+    (tmp_path / "theirs" / "config.json").unlink()
+    write(convert.weights_of(config, convert.load(tmp_path / "theirs")[1]), tmp_path / "trained.safetensors", "tencent")
+    third = command("--src", f"{tmp_path}/trained.safetensors", "--dst", f"{tmp_path}/out", "--to", "comfyui")
+    assert third.returncode == 0
+    assert "License" not in third.stderr
+    wrong = command("--src", f"{tmp_path}/nothing.pt", "--dst", f"{tmp_path}/out2", "--to", "native")
+    assert wrong.returncode == 2
+    assert "nothing.pt cannot be read" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert not (tmp_path / "out2").exists()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_processes_load_the_same_parameters_onto_a_mesh_and_together_read_every_byte_once(tmp_path, processes):
     path = tmp_path / "model.safetensors"
@@ -204,6 +244,28 @@ def test_an_extra_tensor_is_an_error_unless_named(tmp_path):
     with pytest.raises(UserError, match="ema_step is unknown"):
         open_weights(path)
     assert_equal_bits(open_weights(path, ignore=["ema_*"]), random_weights(TINY))
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("dit", "model.model."), ("dit", "model.diffusion_model."), ("guided", "transformer."), ("vae", "vae.")]
+)
+def test_prefixes_that_tools_put_before_all_names_are_seen_through(tmp_path, name, prefix):
+    tensors = {prefix + key: tensor.value for key, tensor in random_weights(CONFIGS[name]).stored.items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors, tensors.values())
+    write(random_weights(CONFIGS[name]), tmp_path, "diffusers")
+    (tmp_path / convert.VAE_WEIGHTS).unlink()
+    assert_equal_bits(open_weights(tmp_path / "model.safetensors"), random_weights(CONFIGS[name]))
+
+
+def test_verifying_finds_a_single_bit(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write(random_weights(TINY), path, "diffusers")
+    assert convert.verify(random_weights(TINY), path, dtype="keep") == len(places(TINY))
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not what was read"):
+        convert.verify(random_weights(TINY), path, dtype="keep")
 
 
 def test_a_component_that_is_not_known_is_refused(tmp_path):
