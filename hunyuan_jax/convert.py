@@ -34,7 +34,7 @@ from hunyuan_jax.data.dataset import write_json
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.models import layouts
 from hunyuan_jax.models.dit import DiTConfig
-from hunyuan_jax.models.layouts import LAYOUTS, Config, Part
+from hunyuan_jax.models.layouts import LAYOUTS, Config
 from hunyuan_jax.models.vae import VAEConfig
 from hunyuan_jax.settings import build, nearest, parse_flags
 from hunyuan_jax.tensor_files import TensorFile, open_tensors, write_safetensors, write_sharded
@@ -136,17 +136,18 @@ class Weights:
         return {tensor: sorted(runs) for tensor, runs in pieces.items()}
 
     def dtype(self, tensor: str) -> np.dtype:
-        return np.dtype(self.stored[self._pieces[tensor][0][2]].dtype)
+        """The narrowest type that holds all its pieces, which may be of several."""
+        return functools.reduce(jnp.promote_types, [self.stored[name].dtype for _, _, name, _ in self._pieces[tensor]])
 
     def read(self, tensor: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of a released tensor, as PyTorch has it."""
-        place = layouts.places(self.config)[tensor]
+        place, dtype = layouts.places(self.config)[tensor], self.dtype(tensor)
         stop = place.shape[0] if stop is None else stop
         runs = []
         for first, end, name, offset in self._pieces[tensor]:
             low, high = max(first, start), min(end, stop)
             if low < high:
-                runs.append(self._rows(name, place, slice(offset + low - first, offset + high - first)))
+                runs.append(self._rows(name, place, slice(offset + low - first, offset + high - first)).astype(dtype, copy=False))
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
     def _rows(self, name: str, place: layouts.Place, rows: slice) -> np.ndarray:
@@ -169,7 +170,7 @@ def open_weights(path: str | Path, *, component: str | None = None, ignore: Sequ
         raise UserError(f"{path} holds a {found}, where a {component} was expected. Give the folder or file of the {component}.")
     given = _read_config(path)
     config = _config_of(file, found, layout, given, path)
-    _check(file, layouts.table(layout, config), config, path=path, ignore=ignore)
+    _check(file, layout, config, path=path, ignore=ignore)
     condition = {CONDITION: given[CONDITION]} if isinstance(given.get(CONDITION), str) else {}
     licence = {} if CONFIG in file.metadata else {LICENCE_KEY: LICENCE}
     return Weights(config, layout, file.tensors, {**condition, **licence, **file.metadata})
@@ -192,20 +193,23 @@ def _detect(file: TensorFile, path: Path) -> tuple[str, str]:
     )
 
 
-def _check(file: TensorFile, table: Mapping[str, Part], config: Config, *, path: Path, ignore: Sequence[str]) -> None:
-    """Every name and shape; a float8 tensor needs a scale that lies elsewhere and is refused too."""
-    places = layouts.places(config)
+def _check(file: TensorFile, layout: str, config: Config, *, path: Path, ignore: Sequence[str]) -> None:
+    """Every name, shape and type."""
+    table, places = layouts.table(layout, config), layouts.places(config)
     extra = [name for name in file.tensors.keys() - table.keys() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)]
     missing = sorted(table.keys() - file.tensors.keys())
     said = [f"{name} is unknown. {nearest(name, missing or list(table))}"[:300] for name in sorted(extra)[:10]]
     said += [f"{name} is missing." for name in missing[:10]]
     for name, part in table.items():
-        place = places[part.tensor]
-        expected = place.native_shape if "/" in name else (part.num_rows, *place.shape[1:])
-        if name in file.tensors and file.tensors[name].shape != expected:
-            said.append(f"{name} has shape {file.tensors[name].shape}, {expected} was expected.")
-        if name in file.tensors and file.tensors[name].dtype.itemsize == 1:
-            said.append(f"{name} is {file.tensors[name].dtype}, whose scale lies in another file; give the bf16 weights.")
+        if name not in file.tensors:
+            continue
+        expected = places[part.tensor].native_shape if layout == "native" else (part.num_rows, *places[part.tensor].shape[1:])
+        tensor = file.tensors[name]
+        if tensor.shape != expected:
+            said.append(f"{name} has shape {tensor.shape}, {expected} was expected.")
+        if tensor.dtype.itemsize == 1 or not jnp.issubdtype(tensor.dtype, jnp.floating):
+            # A tensor of 8 bits has its scale in another file.
+            said.append(f"{name} is {tensor.dtype}; give the weights in bfloat16, float16 or float32.")
     if said:
         raise UserError(
             f"The tensors in {path} do not make up the model ({len(missing)} missing, {len(extra)} unknown): " + " ".join(said[:10])
@@ -228,21 +232,30 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _config_of(file: TensorFile, component: str, layout: str, given: Mapping[str, Any], path: Path) -> Config:
-    """From the file's own metadata, else from config.json, names and shapes."""
-    if CONFIG in file.metadata:
-        try:
-            return build(COMPONENTS[component], json.loads(file.metadata[CONFIG]), where=f"{path}: {CONFIG}")
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"The configuration that {path} says of itself cannot be read: {error}.") from error
-    return _vae_config(given) if component == "vae" else _dit_config(file, layout, given, path)
+    """From the file's own metadata, else from config.json, names and shapes. What no tensors can be of is a `UserError`."""
+    try:
+        if CONFIG in file.metadata:
+            fields = json.loads(file.metadata[CONFIG])
+        elif component == "vae":
+            fields = {ours: given[theirs] for theirs, ours in _VAE_FIELDS.items() if theirs in given}
+        else:
+            fields = _dit_fields(file, layout, given, path)
+        config: Any = build(COMPONENTS[component], fields, where=f"{path}: {component}")
+        # Before tables are made of it, which would take as long as it says it is large.
+        depth = config.layers_per_block * len(config.block_out_channels) if isinstance(config, VAEConfig) else _num_blocks(config)
+        if depth > len(file.tensors):
+            raise ValueError(f"{depth} blocks of layers cannot be made of {len(file.tensors)} tensors")
+        layouts.places(config)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not of a model that can be: {str(error)[:300]}. Give the config.json that belongs to it.") from error
+    return config
 
 
-def _vae_config(given: Mapping[str, Any]) -> VAEConfig:
-    fields = {ours: given[theirs] for theirs, ours in _VAE_FIELDS.items() if theirs in given}
-    return build(VAEConfig, fields | {"convolution": given.get("convolution", "volume")}, where="config.json")
+def _num_blocks(config: DiTConfig) -> int:
+    return config.num_double_blocks + config.num_single_blocks + config.num_refiner_blocks
 
 
-def _dit_config(file: TensorFile, layout: str, given: Mapping[str, Any], path: Path) -> DiTConfig:
+def _dit_fields(file: TensorFile, layout: str, given: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Sizes from shapes; only how heads are turned by positions cannot be seen in them."""
     shape = functools.partial(_shape_of, file, layout)
     patches, final = shape("img_in.proj.weight"), shape("final_layer.linear.weight")
@@ -254,22 +267,22 @@ def _dit_config(file: TensorFile, layout: str, given: Mapping[str, Any], path: P
     width = patches[0]
     hidden = mlp[0] if mlp else single[1] - width  # type: ignore[index]
     counts = {stack: _count(file, layout, released) for stack, released in layouts.STACKS.items()}
-    return DiTConfig(
-        width=width,
-        num_heads=width // head[0],
-        num_double_blocks=counts["double_blocks"],
-        num_single_blocks=counts["single_blocks"],
-        num_refiner_blocks=counts["txt_in/individual_token_refiner"],
-        text_dim=text[1],
-        pooled_dim=pooled[1],
-        mlp_ratio=hidden / width,
-        patch_size=patches[2:],  # type: ignore[arg-type]
-        in_channels=patches[1],
-        out_channels=final[0] // math.prod(patches[2:]),
-        guidance_embed=shape("guidance_in.mlp.0.weight") is not None,
-        rope_axes=tuple(given.get("rope_axes_dim") or _usual_rope_axes(head[0], path)),  # type: ignore[arg-type]
-        rope_theta=given.get("rope_theta", 256.0),
-    )
+    return {
+        "width": width,
+        "num_heads": width // head[0],
+        "num_double_blocks": counts["double_blocks"],
+        "num_single_blocks": counts["single_blocks"],
+        "num_refiner_blocks": counts["txt_in/individual_token_refiner"],
+        "text_dim": text[1],
+        "pooled_dim": pooled[1],
+        "mlp_ratio": hidden / width,
+        "patch_size": patches[2:],
+        "in_channels": patches[1],
+        "out_channels": final[0] // math.prod(patches[2:]),
+        "guidance_embed": shape("guidance_in.mlp.0.weight") is not None,
+        "rope_axes": given.get("rope_axes_dim") or _usual_rope_axes(head[0], path),
+        "rope_theta": given.get("rope_theta", 256.0),
+    }
 
 
 def _usual_rope_axes(head_dim: int, path: Path) -> tuple[int, int, int]:

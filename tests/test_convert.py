@@ -231,12 +231,56 @@ def spoiled(tmp_path: Path, change) -> Path:
             r"vector_in\.in_layer\.bias has shape \(3,\), \(32,\) was expected",
         ),
         (lambda t: t.pop("time_in.mlp.0.weight"), "neither a HunyuanVideo transformer nor its VAE"),
-        (lambda t: t.update({"img_in.proj.bias": t["img_in.proj.bias"].astype(jnp.float8_e4m3fn)}), "float8_e4m3fn, whose scale"),
+        (lambda t: t.update({"img_in.proj.bias": t["img_in.proj.bias"].astype(np.int32)}), "img_in.proj.bias is int32; give"),
+        (
+            lambda t: t.update({"img_in.proj.bias": t["img_in.proj.bias"].astype(jnp.float8_e4m3fn)}),
+            "float8_e4m3fn; give the weights in bfloat16",
+        ),
     ],
 )
 def test_weights_that_are_not_the_model_are_refused(tmp_path, change, said):
     with pytest.raises(UserError, match=said):
         open_weights(spoiled(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_single_blocks": 10**9},
+        {"num_refiner_blocks": 2.5},
+        {"width": "32"},
+        {"width": 10**30, "num_heads": 10**29, "rope_axes": [2, 4, 4]},
+        {"rope_axes": [[4], 6, 6]},
+        {"text_dim": None},
+    ],
+)
+def test_a_file_that_says_of_itself_what_cannot_be_is_refused(tmp_path, changes):
+    tensors = {name: tensor.value for name, tensor in random_weights(TINY).stored.items()}
+    said = {convert.CONFIG: json.dumps(dataclasses.asdict(TINY) | changes)}
+    write_safetensors(tmp_path / "model.safetensors", tensors, tensors.values(), metadata=said)
+    with pytest.raises(UserError):
+        open_weights(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("text", ['"words"', "[1, 2]", "null", '{"width": 32', '{"width": 32}'])
+def test_a_configuration_of_another_kind_is_refused(tmp_path, text):
+    tensors = {name: tensor.value for name, tensor in random_weights(TINY).stored.items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors, tensors.values(), metadata={convert.CONFIG: text})
+    with pytest.raises(UserError):
+        open_weights(tmp_path / "model.safetensors")
+
+
+def test_pieces_of_different_types_become_one_that_holds_them_all(tmp_path):
+    write(random_weights(TINY), tmp_path / "full.safetensors", "diffusers")
+    file = open_tensors(tmp_path / "full.safetensors")
+    tensors = {name: tensor.read() for name, tensor in file.tensors.items()}
+    name = "single_transformer_blocks.0.attn.to_q.weight"
+    tensors[name] = tensors[name].astype(jnp.bfloat16)
+    write_safetensors(tmp_path / "mixed.safetensors", tensors, tensors.values(), metadata=file.metadata)
+    mixed = open_weights(tmp_path / "mixed.safetensors").read("single_blocks.0.linear1.weight")
+    expected = random_weights(TINY).read("single_blocks.0.linear1.weight").copy()
+    expected[: TINY.width] = tensors[name].astype(np.float32)
+    np.testing.assert_array_equal(mixed, expected)
 
 
 def test_an_extra_tensor_is_an_error_unless_named(tmp_path):
