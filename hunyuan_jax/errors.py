@@ -5,6 +5,7 @@ expected, what came and what to do. `run_command` turns it into one line on stde
 bug of ours still ends in a traceback.
 """
 
+import difflib
 import errno
 import os
 import sys
@@ -13,6 +14,12 @@ from collections.abc import Callable
 
 class UserError(Exception):
     """What was expected, what came, and what to do about it, in one or two sentences."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The hint that ends an error about an unknown name: the nearest known one, or the list of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
 
 
 _DISK_ERRORS = {

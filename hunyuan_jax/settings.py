@@ -5,22 +5,15 @@ filled in silently. Below this door no code sees a ConfigDict.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from hunyuan_jax.errors import UserError
+from hunyuan_jax.errors import UserError, nearest
 
 Settings = TypeVar("Settings")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The hint that ends an error about an unknown name: the nearest known one, or the list of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
 
 
 def build(kind: type[Settings], section: Mapping[str, Any], *, where: str) -> Settings:

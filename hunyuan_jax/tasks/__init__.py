@@ -5,8 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hunyuan_jax.data.dataset import Dataset
-from hunyuan_jax.errors import UserError
-from hunyuan_jax.settings import nearest
+from hunyuan_jax.errors import UserError, nearest
 from hunyuan_jax.tasks.t2v import T2VTask
 from hunyuan_jax.tasks.task import Task
 from hunyuan_jax.tasks.vae import VAETask
