@@ -17,6 +17,13 @@ from hunyuan_jax.tensor_files import open_tensors, write_safetensors
 SETTINGS = "adapter_config.json"  # beside the file, where PEFT and diffusion-pipe keep rank and alpha
 
 
+def holds_adapters(path: str | Path, *, key: str | None = None) -> bool:
+    """Whether a file is of adapters and not of weights, by the names in it."""
+    return any(
+        mark in name for name in open_tensors(path, key=key).tensors for mark in (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
+    )
+
+
 def read(path: str | Path, config: DiTConfig, *, key: str | None = None) -> LoRA:
     """The adapters in a safetensors or `.pt` file or in the folder of one, for a model of this config.
 

@@ -27,6 +27,7 @@ from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.text_encoders import TextTower, TextTowerConfig
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import build
+from hunyuan_jax.weights import weights_of
 
 BOS, EOS, PAD = 256, 257, 258  # the byte tokenizer's ids above the 256 bytes
 PROMPTS_AT_ONCE = 64
@@ -153,7 +154,7 @@ class Codec:
         return frames
 
     def save(self, folder: Path) -> None:
-        convert.write(convert.weights_of(self.vae, self.vae_params), folder / "vae", "diffusers")
+        convert.write(weights_of(self.vae, self.vae_params), folder / "vae", "diffusers")
         write_json(folder / "text.json", dataclasses.asdict(self.text) | {"tower": dict(self.text.tower)})
 
     def fingerprint(self, folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from absl import flags
 
 from hunyuan_jax import convert
 from hunyuan_jax.checkpoint import Kept, param_reader, read_model
-from hunyuan_jax.convert import DTYPES, Weights
+from hunyuan_jax.convert import DTYPES
 from hunyuan_jax.data.dataset import write_json
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.models import layouts
@@ -25,6 +25,7 @@ from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.models.layouts import LAYOUTS, Config
 from hunyuan_jax.models.vae import VAEConfig
 from hunyuan_jax.settings import build, parse_flags
+from hunyuan_jax.weights import Weights, open_weights
 
 TASKS: dict[str, type[Config]] = {"vae": VAEConfig, "t2v": DiTConfig}
 
@@ -72,7 +73,7 @@ def export(workdir: Path, output: Path, *, layout: str, weights: Kept, dtype: st
         _write(trained, output, layout, dtype)
         return step
     _write(trained, output / "transformer", layout, dtype)
-    _write(convert.open_weights(workdir / "codec" / "vae", component="vae"), output / "vae", layout, dtype)
+    _write(open_weights(workdir / "codec" / "vae", component="vae"), output / "vae", layout, dtype)
     if layout == "diffusers":
         (output / "scheduler").mkdir(exist_ok=True)
         write_json(output / "scheduler" / "scheduler_config.json", scheduler_config(model["sampling"]["shift"]))

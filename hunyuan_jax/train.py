@@ -33,6 +33,7 @@ from hunyuan_jax.tasks import make_task
 from hunyuan_jax.tasks.task import Task
 from hunyuan_jax.train_step import EmaConfig, TrainState, init_state, make_step
 from hunyuan_jax.video_io import write_video
+from hunyuan_jax.weights import LICENCE, LICENCE_KEY, differences, open_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,13 +141,13 @@ def _due(done: int, every: int, last: int) -> bool:
 
 def check_start(task: Task, start: str) -> None:
     """Raises `UserError` where the weights to start from are not of the task's model."""
-    weights = convert.open_weights(start, component=task.component)
+    weights = open_weights(start, component=task.component)
     there, here = (said.get("prediction", "velocity") for said in (weights.metadata, task.describe()))
     if there != here:
         raise UserError(f"The weights in {start} predict {there}, and the config says prediction={here!r}; set them alike.")
-    if convert.LICENCE_KEY in weights.metadata:
-        logging.info("%s: %s", start, convert.LICENCE)
-    if different := convert.differences(weights.config, task.model):
+    if LICENCE_KEY in weights.metadata:
+        logging.info("%s: %s", start, LICENCE)
+    if different := differences(weights.config, task.model):
         raise UserError(f"The weights in {start} are of another model than the config's: {different}. Set the config's model alike.")
 
 

@@ -17,12 +17,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hunyuan_jax import convert  # noqa: E402
-from hunyuan_jax.convert import InMemory, Weights, open_weights, write  # noqa: E402
+from hunyuan_jax.convert import write  # noqa: E402
 from hunyuan_jax.errors import UserError  # noqa: E402
 from hunyuan_jax.models.dit import DiT, DiTConfig  # noqa: E402
 from hunyuan_jax.models.layouts import LAYOUTS, places, table  # noqa: E402
 from hunyuan_jax.models.vae import VAEConfig  # noqa: E402
 from hunyuan_jax.tensor_files import open_tensors, write_safetensors  # noqa: E402
+from hunyuan_jax.weights import CONFIG, InMemory, Weights, open_weights, weights_of  # noqa: E402
 from tests.diffusers_dit import diffusers_dit  # noqa: E402
 
 TINY = DiTConfig(width=32, num_heads=2, num_double_blocks=2, num_single_blocks=3, text_dim=6, pooled_dim=5, rope_axes=(4, 6, 6))
@@ -125,7 +126,7 @@ def test_diffusers_and_we_compute_the_same_from_each_others_files(tmp_path, name
     ours = np.asarray(DiT(config).apply({"params": params}, **x))
     # The last bit of torch's exp in one frequency turns an angle by 2e-4 where guidance is 6000 thousandths.
     assert np.linalg.norm(ours - expected) <= 2e-5 * np.linalg.norm(expected)
-    write(convert.weights_of(config, params), tmp_path / "ours", "diffusers")
+    write(weights_of(config, params), tmp_path / "ours", "diffusers")
     again = type(model).from_pretrained(tmp_path / "ours")
     np.testing.assert_array_equal(theirs(again, x), expected)
 
@@ -159,7 +160,7 @@ def test_the_command_names_the_licence_of_weights_from_elsewhere_and_of_what_cam
     assert_equal_bits(open_weights(tmp_path / "theirs"), random_weights(config))
 
     (tmp_path / "theirs" / "config.json").unlink()
-    write(convert.weights_of(config, convert.load(tmp_path / "theirs")[1]), tmp_path / "trained.safetensors", "tencent")
+    write(weights_of(config, convert.load(tmp_path / "theirs")[1]), tmp_path / "trained.safetensors", "tencent")
     third = command("--src", f"{tmp_path}/trained.safetensors", "--dst", f"{tmp_path}/out", "--to", "comfyui")
     assert third.returncode == 0
     assert "License" not in third.stderr
@@ -256,7 +257,7 @@ def test_weights_that_are_not_the_model_are_refused(tmp_path, change, said):
 )
 def test_a_file_that_says_of_itself_what_cannot_be_is_refused(tmp_path, changes):
     tensors = {name: tensor.value for name, tensor in random_weights(TINY).stored.items()}
-    said = {convert.CONFIG: json.dumps(dataclasses.asdict(TINY) | changes)}
+    said = {CONFIG: json.dumps(dataclasses.asdict(TINY) | changes)}
     write_safetensors(tmp_path / "model.safetensors", tensors, tensors.values(), metadata=said)
     with pytest.raises(UserError):
         open_weights(tmp_path / "model.safetensors")
@@ -265,7 +266,7 @@ def test_a_file_that_says_of_itself_what_cannot_be_is_refused(tmp_path, changes)
 @pytest.mark.parametrize("text", ['"words"', "[1, 2]", "null", '{"width": 32', '{"width": 32}'])
 def test_a_configuration_of_another_kind_is_refused(tmp_path, text):
     tensors = {name: tensor.value for name, tensor in random_weights(TINY).stored.items()}
-    write_safetensors(tmp_path / "model.safetensors", tensors, tensors.values(), metadata={convert.CONFIG: text})
+    write_safetensors(tmp_path / "model.safetensors", tensors, tensors.values(), metadata={CONFIG: text})
     with pytest.raises(UserError):
         open_weights(tmp_path / "model.safetensors")
 

@@ -30,6 +30,7 @@ from hunyuan_jax.tasks.t2v import T2VLossConfig, T2VTask, encode_texts  # noqa: 
 from hunyuan_jax.tasks.vae import VAELossConfig, VAETask  # noqa: E402
 from hunyuan_jax.train import check_start, make_state  # noqa: E402
 from hunyuan_jax.train_step import TrainState  # noqa: E402
+from hunyuan_jax.weights import open_weights  # noqa: E402
 
 SIZE = (5, 32, 48)  # frames, height, width
 TINY_VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, scaling_factor=0.7)
@@ -141,8 +142,8 @@ def test_every_layout_holds_the_checkpoint(run, tmp_path, layout, dtype):
     config, params = convert.load(tmp_path / "transformer")
     assert config == model.task.model
     jax.tree.map(np.testing.assert_array_equal, params, rounded)
-    assert convert.open_weights(tmp_path / "transformer").metadata["step"] == "7"
-    assert convert.open_weights(tmp_path / "transformer").metadata["guidance_distilled"] == "true"
+    assert open_weights(tmp_path / "transformer").metadata["step"] == "7"
+    assert open_weights(tmp_path / "transformer").metadata["guidance_distilled"] == "true"
     assert convert.load(tmp_path / "vae", component="vae")[0].scaling_factor == TINY_VAE.scaling_factor
 
 
@@ -164,7 +165,7 @@ def test_a_model_that_predicts_the_data_is_exported_to_the_native_layout_alone(c
             export(tmp_path / "run", tmp_path / "out", layout=layout, weights="ema", dtype="keep")
     assert not (tmp_path / "out").exists()
     export(tmp_path / "run", tmp_path / "out", layout="native", weights="ema", dtype="keep")
-    assert convert.open_weights(tmp_path / "out" / "transformer").metadata["prediction"] == "data"
+    assert open_weights(tmp_path / "out" / "transformer").metadata["prediction"] == "data"
 
 
 def test_a_run_whose_checkpoint_is_of_another_model_is_refused(run, tmp_path):
@@ -176,7 +177,7 @@ def test_a_run_whose_checkpoint_is_of_another_model_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"of another model than its model\.json says"):
         export(tmp_path, tmp_path / "out", layout="diffusers", weights="ema", dtype="keep")
     with pytest.raises(UserError, match=r"python -m hunyuan_jax\.export"):
-        convert.open_weights(run)
+        open_weights(run)
 
 
 @pytest.mark.parametrize(

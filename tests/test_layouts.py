@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.models.dit import RELEASED, DiTConfig
 from hunyuan_jax.models.layouts import LAYOUTS, places, table
 from hunyuan_jax.models.vae import VAEConfig
 
 KEYS = Path(__file__).resolve().parents[2] / "shared" / "keys"
-FULL = DiTConfig(width=3072, num_heads=24, num_double_blocks=20, num_single_blocks=40, text_dim=4096, pooled_dim=768, guidance_embed=True)
 TINY = DiTConfig(
     width=16, num_heads=2, num_double_blocks=2, num_single_blocks=3, text_dim=6, pooled_dim=5, rope_axes=(2, 2, 4), patch_size=(1, 2, 2)
 )
@@ -27,8 +26,8 @@ def shapes(layout, config):
 @pytest.mark.parametrize(
     ("layout", "config", "file"),
     [
-        ("tencent", FULL, "keys_dit_official.tsv"),
-        ("diffusers", FULL, "keys_dit_diffusers.tsv"),
+        ("tencent", RELEASED, "keys_dit_official.tsv"),
+        ("diffusers", RELEASED, "keys_dit_diffusers.tsv"),
         ("tencent", VAEConfig(), "keys_vae.tsv"),
         ("diffusers", VAEConfig(), "keys_vae.tsv"),
     ],
@@ -48,7 +47,7 @@ def test_names_and_shapes_are_the_released_ones(layout, config, file):
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_full_size_has_the_released_number_of_parameters(layout, changes, parameters):
-    assert sum(map(math.prod, shapes(layout, dataclasses.replace(FULL, **changes)).values())) == parameters
+    assert sum(map(math.prod, shapes(layout, dataclasses.replace(RELEASED, **changes)).values())) == parameters
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def test_ours_and_pytorchs_order_of_axes_are_inverse(config):
 
 
 def test_comfyuis_names_are_its_own():
-    names = table("comfyui", FULL)
+    names = table("comfyui", RELEASED)
     for name in (
         "double_blocks.0.img_attn.norm.query_norm.scale",
         "double_blocks.19.txt_attn.qkv.weight",

@@ -4,6 +4,9 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +20,16 @@ from diffusers.loaders import lora_conversion_utils  # noqa: E402
 from hunyuan_jax import adapters, convert  # noqa: E402
 from hunyuan_jax.errors import UserError  # noqa: E402
 from hunyuan_jax.models import layouts, lora  # noqa: E402
-from hunyuan_jax.models.dit import DiT, DiTConfig  # noqa: E402
+from hunyuan_jax.models.dit import RELEASED, DiT, DiTConfig  # noqa: E402
 from hunyuan_jax.models.lora import LAYOUTS, Adapter, LoRA  # noqa: E402
 from hunyuan_jax.tensor_files import open_tensors, write_safetensors  # noqa: E402
+from hunyuan_jax.weights import open_weights, weights_of  # noqa: E402
 from tests.diffusers_dit import diffusers_dit, our_params  # noqa: E402
 from tests.test_convert import inputs, theirs  # noqa: E402
 
 TINY = DiTConfig(
     width=32, num_heads=2, num_double_blocks=2, num_single_blocks=3, text_dim=6, pooled_dim=5, rope_axes=(4, 6, 6), guidance_embed=True
 )
-FULL = DiTConfig(width=3072, num_heads=24, num_double_blocks=20, num_single_blocks=40, text_dim=4096, pooled_dim=768, guidance_embed=True)
 QKV = "double_blocks.1.img_attn_qkv.weight"
 LINEAR1 = "single_blocks.2.linear1.weight"
 FINAL = "final_layer.adaLN_modulation.1.weight"
@@ -109,10 +112,10 @@ def test_round_trips_between_all_layouts_lose_no_bit(tmp_path, layout, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_full_size_modules_have_names_of_their_own_and_hold_every_row_once(layout):
-    rows = {tensor: 0 for tensor, place in layouts.places(FULL).items() if len(place.shape) > 1}
-    for part in lora.modules(layout, FULL).values():
+    rows = {tensor: 0 for tensor, place in layouts.places(RELEASED).items() if len(place.shape) > 1}
+    for part in lora.modules(layout, RELEASED).values():
         rows[part.tensor] += part.num_rows
-    assert rows == {tensor: layouts.places(FULL)[tensor].shape[0] for tensor in rows}
+    assert rows == {tensor: layouts.places(RELEASED)[tensor].shape[0] for tensor in rows}
 
 
 def test_keys_are_those_of_the_tools():
@@ -473,3 +476,56 @@ def test_a_change_is_measured_against_the_weight():
     base = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
     after = base + np.array([[0.0, 0.0], [0.5, 0.0]], np.float32)
     assert lora.change(base, after) == lora.Change(relative=pytest.approx(0.1), elements=0.25)
+
+
+# --- The command ---------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, expect: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "hunyuan_jax.convert", *arguments],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def base(tmp_path, params):
+    convert.write(weights_of(TINY, params), tmp_path / "base.safetensors", "tencent")
+    return tmp_path / "base.safetensors"
+
+
+def test_the_command_merges_adapters_into_weights_of_any_layout(tmp_path, base, params):
+    adapters.write(tmp_path / "lora" / "adapter.safetensors", sample(), "musubi", TINY)
+    options = ("--lora", f"{tmp_path}/lora/adapter.safetensors", "--multiplier", "0.5", "--verify")
+    said = command("--src", str(base), "--dst", f"{tmp_path}/merged", "--to", "diffusers", *options)
+    assert "weights changed" in said
+    assert f"{len(layouts.places(TINY))} tensors verified" in said
+    merged = convert.load(tmp_path / "merged")[1]
+    expected = lora.merge_params(TINY, params, sample(), 0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max())), merged, expected)
+    assert open_weights(tmp_path / "merged").metadata["lora_multiplier"] == "0.5"
+
+    command("--src", str(base), "--dst", f"{tmp_path}/nothing", "--to", "diffusers", *options[:2], "--multiplier", "0", expect=2)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_change_that_the_type_swallows_is_refused(params):
+    qkv = jax.tree.map(np.ones_like, params["double_blocks"]["img_attn_qkv"])
+    ones = {**params, "double_blocks": {**params["double_blocks"], "img_attn_qkv": qkv}}
+    weights, found = weights_of(TINY, ones), {QKV: dataclasses.replace(sample()[QKV], up=1e-6 * sample()[QKV].up)}
+    assert convert.merged_with(weights, found, 1.0)[1].startswith("1 of 1 weights changed")
+    with pytest.raises(UserError, match="lost when it is rounded"):
+        convert.merged_with(weights, found, 1.0, dtype="bf16")
+
+
+def test_the_command_writes_adapters_in_another_layout(tmp_path, base):
+    adapters.write(tmp_path / "adapter.safetensors", sample(), "musubi", TINY)
+    arguments = ("--src", f"{tmp_path}/adapter.safetensors", "--dst", f"{tmp_path}/out/other.safetensors")
+    assert "in the musubi layout" in command(*arguments, "--to", "diffusers", "--model", str(base))
+    assert_equal_bits(sample(), adapters.read(tmp_path / "out" / "other.safetensors", TINY).adapters)
+    assert "not 'comfyui'" in command(*arguments, "--to", "comfyui", "--model", str(base), expect=2)
+    assert "were expected" in command(*arguments, "--to", "diffusers", expect=2)  # the released model has other shapes
+    assert "not 'musubi'" in command("--src", str(base), "--dst", f"{tmp_path}/x", "--to", "musubi", expect=2)

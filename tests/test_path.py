@@ -25,6 +25,7 @@ from hunyuan_jax.sampling import SamplingConfig
 from hunyuan_jax.tasks.t2v import encode_texts
 from hunyuan_jax.train import train
 from hunyuan_jax.video_io import read_video
+from hunyuan_jax.weights import weights_of
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART_SIZE = (13, 64, 64)  # frames, height, width
@@ -44,7 +45,7 @@ def world(tmp_path_factory) -> Path:
     command("data_prep.shapes_world", "--output", f"{run}/raw", "--clips", "48", "--seed", "3", "--workers", "2")
     command("data_prep.curate", "--input", f"{run}/raw", "--output", f"{run}/clips", "--config", "configs/curation.py", "--workers", "1")
     params = jax.jit(lambda key: VAE(TINY_VAE).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
-    convert.write(convert.weights_of(TINY_VAE, params), run / "random_vae", "diffusers")
+    convert.write(weights_of(TINY_VAE, params), run / "random_vae", "diffusers")
     config = ("--config=configs/quickstart.py:encode", "--config.clips_per_shard=20")
     command("data_prep.encode", "--clips", f"{run}/clips", "--vae", f"{run}/random_vae", "--output", f"{run}/latents", *config)
     return run

@@ -22,6 +22,7 @@ from hunyuan_jax.models.vae import (
     upsample_nearest,
     whitened,
 )
+from hunyuan_jax.weights import weights_of
 
 SMALL = VAEConfig(latent_channels=4, block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
 
@@ -137,7 +138,7 @@ def test_kl_is_zero_for_the_standard_normal_and_has_its_closed_form():
 
 def test_saved_weights_load_exactly_and_with_their_config(tmp_path, small_params):
     config = dataclasses.replace(SMALL, convolution="planes", scaling_factor=0.7)
-    convert.write(convert.weights_of(config, small_params), tmp_path, "diffusers")
+    convert.write(weights_of(config, small_params), tmp_path, "diffusers")
     loaded_config, loaded = convert.load(tmp_path, component="vae")
     assert loaded_config == config
     jax.tree.map(np.testing.assert_array_equal, loaded, small_params)

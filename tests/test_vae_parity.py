@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLHunyuanVideo  # noqa: E402
 
 from hunyuan_jax import convert  # noqa: E402
 from hunyuan_jax.models.vae import VAE  # noqa: E402
+from hunyuan_jax.weights import weights_of  # noqa: E402
 
 CASES = [((1, 40, 24), "planes"), ((9, 40, 24), "volume")]
 TOLERANCE = 1e-5  # largest difference over largest value
@@ -72,7 +73,7 @@ def test_decoding_agrees_with_diffusers(models, size, convolution):
 
 def test_a_saved_vae_is_read_by_diffusers(models, tmp_path):
     theirs, config, params = models
-    convert.write(convert.weights_of(config, params), tmp_path, "diffusers")
+    convert.write(weights_of(config, params), tmp_path, "diffusers")
     again = AutoencoderKLHunyuanVideo.from_pretrained(tmp_path, local_files_only=True)
     for (name, there), (_, here) in zip(again.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.equal(there.double(), here), name

@@ -114,6 +114,12 @@ class DiTConfig:
         return jnp.dtype(self.dtype)
 
 
+# The released text-to-video model, of 12,821,012,544 parameters.
+RELEASED = DiTConfig(
+    width=3072, num_heads=24, num_double_blocks=20, num_single_blocks=40, text_dim=4096, pooled_dim=768, guidance_embed=True
+)
+
+
 @struct.dataclass
 class Conditions:
     """What every block is told besides its tokens, the same for all layers.

@@ -7,6 +7,7 @@ what is written, and for a .pt file; all is removed at the end. The bound is fou
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.models.dit import RELEASED, DiTConfig
 from hunyuan_jax.models.layouts import LAYOUTS, places
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,9 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def full_model(width: int) -> DiTConfig:
     """The released model, or one as deep and of another width."""
-    return DiTConfig(
-        width=width, num_heads=width // 128, num_double_blocks=20, num_single_blocks=40, text_dim=4096, pooled_dim=768, guidance_embed=True
-    )
+    return dataclasses.replace(RELEASED, width=width, num_heads=width // 128)
 
 
 def write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
