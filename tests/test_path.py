@@ -115,6 +115,13 @@ def test_one_euler_step_of_a_model_of_the_data_lands_on_its_prediction(trained):
     np.testing.assert_allclose(frames, model.task.codec.decode(out), rtol=1e-3, atol=1e-3)
 
 
+def test_a_model_that_is_told_its_scale_is_not_guided_a_second_time(world, tmp_path):
+    config = tiny_t2v(world, 1)
+    config.model.guidance_embed, config.sampling.cfg_scale = True, 2.0
+    with pytest.raises(UserError, match=r"set sampling\.cfg_scale to 1"):
+        train(config, tmp_path)
+
+
 def test_a_prediction_of_anything_else_is_refused(world, tmp_path):
     config = tiny_t2v(world, 1)
     config.prediction = "noise"

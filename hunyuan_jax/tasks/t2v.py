@@ -108,6 +108,11 @@ class T2VTask:
         if prediction not in get_args(Prediction):
             raise UserError(f"prediction must be one of {', '.join(get_args(Prediction))}, not {prediction!r}.")
         loss, sampling = build(T2VLossConfig, config.loss, where="loss"), build(SamplingConfig, config.sampling, where="sampling")
+        if model.guidance_embed and sampling.cfg_scale != 1.0:
+            raise UserError(
+                f"A model with guidance_embed is told its scale; sampling.cfg_scale {sampling.cfg_scale} would guide it "
+                "a second time; set sampling.cfg_scale to 1."
+            )
         null = encode_texts(codec, [""], length=config.data.text_length)
         return cls(model, prediction, loss, sampling, codec, codec.fingerprint(folder), null, config.video.to_dict())
 
