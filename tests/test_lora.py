@@ -341,8 +341,8 @@ def test_the_merged_model_has_the_velocity_of_diffusers_merged_model(tmp_path, p
 
 def test_weights_merged_one_by_one_are_the_merged_parameters(params):
     found = {tensor: adapter for tensor, adapter in sample().items() if tensor != "double_blocks.0.img_mod.linear.weight"}
-    after = convert.weights_of(TINY, lora.merge_params(TINY, params, found, -0.5))
-    before = convert.weights_of(TINY, params)
+    after = weights_of(TINY, lora.merge_params(TINY, params, found, -0.5))
+    before = weights_of(TINY, params)
     for tensor in layouts.places(TINY):
         expected = before.read(tensor)
         if tensor in found:
