@@ -1,0 +1,62 @@
+"""How many floating-point operations a DiT takes, and how many a device can do in a second: the two halves of MFU.
+
+Counted are matrix products, a multiplication and an addition being two operations; what else there is (norms, softmax, rope) is a few
+per cent. Of a model with tokens L = image and S = text, M = L + S, and width D:
+
+    linear layers     2 x inputs x outputs for each token, or for each sample where a layer sees the condition vector alone
+    attention         4 M^2 D in each block: scores, and their sums of values
+
+A training step takes three times the forward pass, since each product has two gradients; recomputation is not counted.
+"""
+
+import math
+
+from hunyuan_jax.models.dit import REFINER_MLP_RATIO, DiTConfig
+from hunyuan_jax.models.layers import SINUSOID_FEATURES
+
+# Dense bfloat16 products per second of one device, as the makers state them; the keys are parts of JAX's `device_kind`.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of a device of this kind, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None where it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), None)
+
+
+def dit_forward_flops(config: DiTConfig, num_img: int, num_txt: int, *, segments: int = 1) -> int:
+    """FLOPs of the forward pass of one sample of `num_img` image and `num_txt` text tokens, padding included.
+
+    `segments` is 2 where the first frames are given as clean, whose condition vector is computed beside the other.
+    """
+    c = config
+    width, features = c.width, SINUSOID_FEATURES
+    patch = math.prod(c.patch_size)
+    tokens = num_img + num_txt
+
+    embedder = width * (features + width)
+    vectors = segments * embedder + width * (c.pooled_dim + width) + (embedder if c.guidance_embed else 0)
+
+    refiner = 2 * width * width + num_txt * _layer(width, round(width * REFINER_MLP_RATIO)) + 2 * num_txt**2 * width
+    text = embedder + width * (c.text_dim + width) + num_txt * c.text_dim * width + c.num_refiner_blocks * refiner
+
+    attention = 2 * tokens**2 * width
+    double = (segments + 1) * 6 * width * width + tokens * _layer(width, c.mlp_hidden) + attention
+    single = segments * 3 * width * width + tokens * _layer(width, c.mlp_hidden) + attention
+
+    ends = num_img * patch * (c.in_channels + c.out_channels) * width + 2 * width * width
+    return 2 * (vectors + text + c.num_double_blocks * double + c.num_single_blocks * single + ends)
+
+
+def _layer(width: int, hidden: int) -> int:
+    """Products of one token with the weights of a transformer layer: queries, keys, values, projection and MLP."""
+    return width * (4 * width + 2 * hidden)

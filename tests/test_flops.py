@@ -1,0 +1,108 @@
+"""Laws of the FLOP count: it is what the traced model multiplies, near what the compiler counts, and the published size at 13B."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core
+
+from configs import t2v_13b
+from hunyuan_jax.flops import dit_forward_flops, peak_flops
+from hunyuan_jax.models.dit import DiT, DiTConfig
+
+SMALL = DiTConfig(
+    width=96, num_heads=4, num_double_blocks=2, num_single_blocks=3, text_dim=40, pooled_dim=20, rope_axes=(4, 10, 10), mlp_ratio=2.5
+)
+VARIANTS = {
+    "plain": (SMALL, False),
+    "guidance and clean frames": (dataclasses.replace(SMALL, guidance_embed=True), True),
+    "more channels, larger patches": (dataclasses.replace(SMALL, in_channels=33, patch_size=(1, 4, 4), num_refiner_blocks=1), False),
+}
+
+
+def inputs(config: DiTConfig, *, grid: tuple[int, int, int], num_txt: int, clean: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of one sample of `grid` tokens."""
+    size = [n * p for n, p in zip(grid, config.patch_size, strict=True)]
+    shapes = {
+        "latents": (1, *size, config.in_channels),
+        "t": (1,),
+        "txt": (1, num_txt, config.text_dim),
+        "pooled": (1, config.pooled_dim),
+    } | ({"guidance": (1,)} if config.guidance_embed else {})
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    arrays["txt_mask"] = jax.ShapeDtypeStruct((1, num_txt), jnp.bool)
+    return arrays | ({"clean_frames": jax.ShapeDtypeStruct((1,), jnp.int32)} if clean else {})
+
+
+def variables(config: DiTConfig, arrays: dict) -> dict:
+    return jax.eval_shape(lambda x: DiT(config).init(jax.random.key(0), **x), arrays)
+
+
+def product_flops(jaxpr: core.Jaxpr) -> int:
+    """FLOPs of all matrix products of a traced function, those of a scan as often as it repeats them."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+        inner = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in equation.params.values()]
+        inner_flops = sum(product_flops(p) for p in inner if isinstance(p, core.Jaxpr))
+        total += inner_flops * equation.params.get("length", 1)
+    return total
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_count_is_that_of_the_traced_products(variant):
+    config, clean = VARIANTS[variant]
+    arrays = inputs(config, grid=(3, 2, 5), num_txt=7, clean=clean)
+    jaxpr = jax.make_jaxpr(lambda v, x: DiT(config).apply(v, **x))(variables(config, arrays), arrays)
+    assert dit_forward_flops(config, 30, 7, segments=2 if clean else 1) == product_flops(jaxpr.jaxpr)
+
+
+def test_count_is_near_the_compilers():
+    """Which counts other operations too, and the body of a scan once: so one block of a kind, with wide heads."""
+    config = DiTConfig(
+        width=256,
+        num_heads=2,
+        num_double_blocks=1,
+        num_single_blocks=1,
+        text_dim=64,
+        pooled_dim=64,
+        num_refiner_blocks=1,
+        guidance_embed=True,
+    )
+    arrays = inputs(config, grid=(2, 8, 8), num_txt=32)
+    compiled = jax.jit(lambda v, x: DiT(config).apply(v, **x)).lower(variables(config, arrays), arrays).compile()
+    counted = compiled.cost_analysis()["flops"]
+    assert dit_forward_flops(config, 128, 32) == pytest.approx(counted, rel=0.03)
+
+
+def test_full_size_takes_the_published_operations():
+    """13.59 GFLOP a token in linear layers and 737,280 for each pair of tokens; conditions are a small part."""
+    config = DiTConfig(**t2v_13b.get_config("video_720").model)
+    one, two, four = (dit_forward_flops(config, n, 0) for n in (0, 10_000, 20_000))
+    pairs = (four - 2 * two + one) / (2 * 10_000**2)
+    assert pairs == 737_280
+    assert ((two - one) - pairs * 10_000**2) / 10_000 == pytest.approx(13.59e9, rel=1e-3)
+    assert dit_forward_flops(config, 118_800, 256) == pytest.approx(12.07e15, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
+def test_peak_of_known_devices(kind, peak):
+    assert peak_flops(kind) == peak
