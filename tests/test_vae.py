@@ -19,6 +19,7 @@ from hunyuan_jax.models.vae import (
     Posterior,
     VAEConfig,
     abstract_params,
+    frame_causal_attention,
     upsample_nearest,
     whitened,
 )
@@ -94,6 +95,42 @@ def test_attention_never_sees_later_frames_and_sees_all_of_its_own(monkeypatch):
     out, changed = apply(params, x), apply(params, x.at[:, 2, 1, 2].add(1.0))
     np.testing.assert_array_equal(out[:, :2], changed[:, :2])
     assert (out[:, 2:] != changed[:, 2:]).any(axis=-1).all()
+
+
+def dense_attention(q, k, v, frame_size: int):
+    """With the whole matrix of scores."""
+    frame = jnp.arange(q.shape[1]) // frame_size
+    scores = jnp.einsum("bqc,bkc->bqk", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bqk,bkc->bqc", nn.softmax(jnp.where(frame <= frame[:, None], scores, -jnp.inf)), v)
+
+
+@pytest.mark.parametrize("block", [4, 7, 16, 64])
+def test_attention_in_blocks_is_attention_with_the_whole_matrix_and_so_are_its_gradients(block):
+    q, k, v, cotangent = (random(2, 35, 8, seed=seed) for seed in range(4))
+
+    @jax.jit
+    def both(q, k, v):
+        blocks, back = jax.vjp(lambda *x: frame_causal_attention(*x, frame_size=7, block=block), q, k, v)
+        dense, dense_back = jax.vjp(lambda *x: dense_attention(*x, 7), q, k, v)
+        return (blocks, *back(cotangent)), (dense, *dense_back(cotangent))
+
+    for ours, expected in zip(*both(q, k, v), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_of_attention_grows_as_its_positions_and_not_as_their_square(backward):
+    def attend(q, k, v):
+        return frame_causal_attention(q, k, v, frame_size=96, block=64)
+
+    def temporary_bytes(positions: int) -> int:
+        x = jax.ShapeDtypeStruct((1, positions, 8), jnp.float32)
+        run = jax.grad(lambda *x: jnp.sum(attend(*x)), argnums=(0, 1, 2)) if backward else attend
+        return jax.jit(run).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = 24 * 96, 4 * 24 * 96
+    assert temporary_bytes(many) <= 4.5 * temporary_bytes(few)
+    assert temporary_bytes(many) < 4 * many**2 / 50
 
 
 def test_the_first_frame_is_never_repeated_in_time():

@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hunyuan_jax.errors import UserError
 
+ATTENTION_BLOCK = 1024  # positions whose scores are held at a time, as queries and as keys; a frame of 256 x 256 pixels has as many
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
@@ -185,29 +187,65 @@ class ResBlock(nn.Module):
         return x + h
 
 
-class FrameCausalAttention(nn.Module):
-    """One head over all positions; a position sees its own frame and the earlier ones.
+def frame_causal_attention(
+    q: Float[Array, "B N C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, frame_size: int, block: int = ATTENTION_BLOCK
+) -> Float[Array, "B N C"]:
+    """softmax(q k^T / sqrt(C)) v, where a position sees its own frame of `frame_size` positions and the earlier ones.
 
-    Computed one query frame at a time and recomputed in the backward pass, so no (T Y X)^2 matrix exists.
+    Queries and keys meet in blocks of at most `block` positions, under an online softmax and recomputed in the backward pass, so
+    memory is linear in N. Blocks of keys that lie wholly ahead of a block of queries are passed over.
     """
+    batch, length, channels = q.shape
+    block = min(block, length)
+    count = -(-length // block)
+    pad = ((0, 0), (0, count * block - length), (0, 0))
+    q, k, v = (jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, block, channels), 1, 0) for x in (q, k, v))
+    within = jnp.arange(block)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(args: tuple[Array, Float[Array, "B Q C"]]) -> Float[Array, "B Q C"]:
+        number, queries = args
+        frame_of_query = (number * block + within) // frame_size
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def meet(state: Any, keys: Float[Array, "B K C"], values: Float[Array, "B K C"], start: Array) -> Any:
+            total, weight, peak = state
+            position = start + within
+            seen = (position // frame_size <= frame_of_query[:, None]) & (position < length)
+            scores = jnp.einsum("bqc,bkc->bqk", queries, keys, preferred_element_type=jnp.float32) * channels**-0.5
+            scores = jnp.where(seen, scores, -jnp.inf)
+            # The first block holds the first frame, which all see: the peak is finite from there on. The result does not depend on it.
+            higher = jax.lax.stop_gradient(jnp.maximum(peak, scores.max(axis=-1)))
+            share = jnp.exp(scores - higher[..., None])
+            shrink = jnp.exp(peak - higher)
+            met = jnp.einsum("bqk,bkc->bqc", share.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            return total * shrink[..., None] + met, weight * shrink + share.sum(axis=-1), higher
+
+        def step(state: Any, xs: tuple[Array, Array, Array]) -> tuple[Any, None]:
+            keys, values, start = xs
+            ahead = start // frame_size > frame_of_query[-1]
+            return jax.lax.cond(ahead, lambda state, *_: state, meet, state, keys, values, start), None
+
+        nothing = jnp.zeros((batch, block, channels), jnp.float32), jnp.zeros((batch, block)), jnp.full((batch, block), -jnp.inf)
+        (total, weight, _), _ = jax.lax.scan(step, nothing, (k, v, block * jnp.arange(count)))
+        return (total / weight[..., None]).astype(v.dtype)
+
+    out = jax.lax.map(attend, (jnp.arange(count), q))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, channels)[:, :length]
+
+
+class FrameCausalAttention(nn.Module):
+    """One head over all positions; a position sees its own frame and the earlier ones. No (T Y X)^2 matrix is ever held."""
 
     config: VAEConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B T Y X C"]:
         batch, frames, height, width, channels = x.shape
-        # The positions of a frame are flattened for the whole block: normalisation sees the same values either way.
-        h = _group_norm(self.config, "group_norm")(x).reshape(batch, frames, height * width, channels)
+        # Positions are flattened for the whole block: normalisation sees the same values either way.
+        h = _group_norm(self.config, "group_norm")(x).reshape(batch, frames * height * width, channels)
         q, k, v = (nn.Dense(channels, dtype=self.config.dtype, name=name)(h) for name in ("to_q", "to_k", "to_v"))
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def attend(frame: Array, q: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-            scores = jnp.einsum("bsc,btuc->bstu", q, k).astype(jnp.float32) * channels**-0.5
-            scores = jnp.where(jnp.arange(frames)[:, None] <= frame, scores, -jnp.inf)
-            weights = nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
-            return jnp.einsum("bstu,btuc->bsc", weights, v)
-
-        out = jax.lax.map(lambda args: attend(*args), (jnp.arange(frames), q.swapaxes(0, 1))).swapaxes(0, 1)
+        out = frame_causal_attention(q, k, v, frame_size=height * width)
         to_out = nn.Dense(channels, dtype=self.config.dtype, kernel_init=nn.initializers.zeros, name="to_out_0")
         return x + to_out(out).reshape(x.shape)
 
