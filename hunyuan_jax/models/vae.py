@@ -91,6 +91,12 @@ class Posterior:
     mean: Float[Array, "B T Y X C"]
     logvar: Float[Array, "B T Y X C"]
 
+    @classmethod
+    def from_moments(cls, moments: Float[Array, "B T Y X C2"]) -> "Posterior":
+        """Of the mean and the log-variance as the encoder gives them, one after the other along the channels."""
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return cls(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
+
     def sample(self, noise: Float[Array, "B T Y X C"]) -> Float[Array, "B T Y X C"]:
         return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
@@ -353,9 +359,12 @@ class VAE(nn.Module):
 
     def encode(self, frames: Float[Array, "B T H W 3"]) -> Posterior:
         """The posterior of frames in [-1, 1]; the frame count must be 4n + 1, height and width multiples of 8."""
+        return Posterior.from_moments(self.moments(frames))
+
+    def moments(self, frames: Float[Array, "B T H W 3"]) -> Float[Array, "B T2 Y X C2"]:
+        """What `encode` makes its posterior from."""
         self.config.latent_shape(*frames.shape[1:4])
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(frames)).astype(jnp.float32), 2, axis=-1)
-        return Posterior(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
+        return self.quant_conv(self.encoder(frames)).astype(jnp.float32)
 
     def decode(self, latents: Float[Array, "B T Y X C"]) -> Float[Array, "B T2 H W 3"]:
         """Frames of unscaled latents, not clipped to [-1, 1]."""
