@@ -1,8 +1,8 @@
 """Checkpoints of a run: the training state and the data position, by Orbax, and what the model is, beside them.
 
 WORKDIR/model.json           task, model and codec settings: what the parameters mean
-WORKDIR/checkpoints/1200/    params, ema, rest (step, optimizer), data (the loader's position); a folder under its final
-                             name is whole, Orbax commits by renaming
+WORKDIR/checkpoints/1200/    params, ema, rest (step, optimizer, critic), data (the loader's position); a folder under its
+                             final name is whole, Orbax commits by renaming
 """
 
 import json
@@ -19,7 +19,7 @@ from flax import traverse_util
 from hunyuan_jax.data.dataset import write_json
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.tasks.task import Params
-from hunyuan_jax.train_step import TrainState
+from hunyuan_jax.train_step import CriticState, TrainState
 
 Kept = Literal["ema", "raw"]  # the averaged parameters, or the last ones
 
@@ -44,26 +44,26 @@ class Checkpoints:
                 f"The disk is full: a checkpoint takes {needed / 1e6:.1f} MB, and {self._folder} has room for {free / 1e6:.1f} MB. "
                 "Free some space, then run the same command again; it continues from the newest checkpoint."
             )
-        rest = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             ema=ocp.args.StandardSave(state.ema),
-            rest=ocp.args.StandardSave(rest),
+            rest=ocp.args.StandardSave(_rest_of(state)),
             data=ocp.args.JsonSave(data),
         )
         self._manager.save(step, args=items)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint, in the shapes and shardings of `abstract`, and the data position."""
-        rest = {"step": abstract.step, "skipped": abstract.skipped, "opt_state": abstract.opt_state}
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             ema=ocp.args.StandardRestore(abstract.ema),
-            rest=ocp.args.StandardRestore(rest),
+            rest=ocp.args.StandardRestore(_rest_of(abstract)),
             data=ocp.args.JsonRestore(),
         )
         found = self._manager.restore(self.latest(), args=items)
-        return TrainState(params=found.params, ema=found.ema, **found.rest), found.data
+        rest = dict(found.rest)
+        critic = CriticState(**rest.pop("critic")) if "critic" in rest else None
+        return TrainState(params=found.params, ema=found.ema, critic=critic, **rest), found.data
 
     def wait(self) -> None:
         """Returns when what was saved is on disk."""
@@ -71,6 +71,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _rest_of(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint has beside the model's parameters; a critic only where there is one."""
+    rest = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
+    return rest if state.critic is None else rest | {"critic": {"params": state.critic.params, "opt_state": state.critic.opt_state}}
 
 
 def _bytes_here(tree: Any) -> int:

@@ -261,12 +261,20 @@ _TITLES = {
     "loss": ("Loss", ""),
     "loss/": ("Loss by bucket", ""),
     "l1": ("L1 distance", ""),
+    "lpips": ("LPIPS", ""),
     "kl": ("KL divergence", "nats"),
     "psnr_db": ("PSNR while training", "dB"),
+    "adversarial": ("Adversarial loss of the VAE", ""),
+    "d_loss": ("Hinge loss of the critic", ""),
+    "balance": ("Critic: logit of data less that of copies", ""),
+    "adaptive_weight": ("Adaptive weight", ""),
     "grad_norm": ("Gradient norm", ""),
+    "critic_grad_norm": ("Gradient norm of the critic", ""),
     "learning_rate": ("Learning rate", ""),
     "samples_per_second": ("Throughput", "samples/s"),
     "held_out/psnr/_db": ("PSNR on held-out clips", "dB"),
+    "held_out/ssim/": ("SSIM on held-out clips", ""),
+    "held_out/lpips/": ("LPIPS on held-out clips", ""),
     "held_out/loss/": ("Loss on held-out clips", ""),
     "skipped": ("Skipped steps", ""),
 }
@@ -460,7 +468,18 @@ def _flow_loss(run: Run) -> list[str]:
 def _training(run: Run, name: str, *, title: str, lead: str, embed: _Embedder) -> str:
     charts = _metric_charts(run.metrics[name]) + (_flow_loss(run) if name == "t2v" else [])
     curves = f'<div class="charts">{"".join(charts)}</div>' if charts else _nothing(run, f"{name}/metrics.jsonl")
-    return _section(name, title, lead, f"{curves}<h3>Previews, step by step</h3>{_previews(run, name, embed)}")
+    said = "".join(f"<p>{_text(words)}</p>" for words in _left_out(run, name))
+    return _section(name, title, lead, f"{said}{curves}<h3>Previews, step by step</h3>{_previews(run, name, embed)}")
+
+
+def _left_out(run: Run, name: str) -> list[str]:
+    """Terms of the paper's loss that a training of the VAE did without."""
+    config = run.configs.get(name) or {}
+    if config.get("task") != "vae":
+        return []
+    loss = config.get("loss")
+    parts = [] if isinstance(loss, dict) and loss.get("lpips_files") else ["LPIPS was off: loss.lpips_files names no weights for it."]
+    return parts if config.get("critic") else [*parts, "The adversary was off: the config has no section critic."]
 
 
 def _bars(rows: Iterable[tuple[str, float, float, str, str]]) -> str:

@@ -31,7 +31,7 @@ from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings, path_
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.tasks import make_task
 from hunyuan_jax.tasks.task import Task
-from hunyuan_jax.train_step import EmaConfig, TrainState, init_state, make_step
+from hunyuan_jax.train_step import CriticState, EmaConfig, TrainState, init_critic_state, init_state, make_step
 from hunyuan_jax.video_io import write_video
 from hunyuan_jax.weights import LICENCE, LICENCE_KEY, differences, open_weights
 
@@ -153,26 +153,40 @@ def check_start(task: Task, start: str) -> None:
 
 def abstract_state(task: Task, optimizer: Any, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the training state, without memory."""
-    shapes = jax.eval_shape(lambda: init_state(task.init(jax.random.key(0)), optimizer))
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: init_state(task.init(key), optimizer, init_critic_state(task, key)))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(place, shapes, state_shardings(shapes, mesh))
 
 
 def make_state(task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding.Mesh, start: str = "") -> TrainState:
-    """The initial state, made in place on the mesh: from random parameters, or from the weights at `start`, in any layout."""
+    """The initial state, made in place on the mesh: from random parameters, or from the weights at `start`, in any layout.
+
+    A critic is fresh in either case.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh))
+    critic = lambda: init_critic_state(task, jax.random.fold_in(key, 0xC217))  # noqa: E731
     if start:
         by_path = traverse_util.flatten_dict(shardings.params, sep="/")
         params = convert.load(start, task.component, shardings=by_path)[1]
-        return jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)(params)
-    init = lambda: init_state(task.init(jax.random.fold_in(key, 0x1417)), optimizer)  # noqa: E731
+        return jax.jit(lambda params: init_state(params, optimizer, critic()), out_shardings=shardings)(params)
+    init = lambda: init_state(task.init(jax.random.fold_in(key, 0x1417)), optimizer, critic())  # noqa: E731
     return jax.jit(init, out_shardings=shardings)()
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters by their table; what the optimizer keeps for a parameter like that parameter; the rest whole everywhere."""
-    by_params, whole = param_shardings(state.params, mesh), replicated(mesh)
-    known = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    """Parameters by their table; what an optimizer keeps for a parameter like that parameter; the rest whole everywhere."""
+    params, opt_state = _shardings_of(state.params, state.opt_state, mesh)
+    critic = state.critic
+    if critic is not None:
+        critic = CriticState(*_shardings_of(critic.params, critic.opt_state, mesh))
+    whole = replicated(mesh)
+    return TrainState(step=whole, skipped=whole, params=params, ema=params, opt_state=opt_state, critic=critic)  # type: ignore[arg-type]
+
+
+def _shardings_of(params: Any, opt_state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    by_params, whole = param_shardings(params, mesh), replicated(mesh)
+    known = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     places = {path_of(path): place for path, place in jax.tree_util.tree_leaves_with_path(by_params)}
 
     def place(path: Any, leaf: Any) -> Any:
@@ -181,8 +195,7 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
         owners = ("/".join(names[start:]) for start in range(len(names)))
         return next((places[name] for name in owners if known.get(name) == leaf.shape), whole)
 
-    opt_state = jax.tree_util.tree_map_with_path(place, state.opt_state)
-    return state.replace(step=whole, skipped=whole, params=by_params, ema=by_params, opt_state=opt_state)  # type: ignore[attr-defined]
+    return by_params, jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 class MetricLog:

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from configs import t2v_13b
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.critics import DiscriminatorConfig, init_discriminator
 from hunyuan_jax.models.dit import DiT, DiTConfig
 from hunyuan_jax.models.vae import VAEConfig, abstract_params
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
@@ -35,7 +36,8 @@ def abstract_dit():
 
 @pytest.fixture(scope="module")
 def trees():
-    return {"dit": abstract_dit(), "vae": abstract_params(VAEConfig())}
+    critic = jax.eval_shape(lambda: init_discriminator(DiscriminatorConfig(), jax.random.key(0)))
+    return {"dit": abstract_dit(), "vae": abstract_params(VAEConfig()), "critic": critic}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(config):
 SHARDED_FORWARD = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
+from hunyuan_jax.models.critics import DiscriminatorConfig, init_discriminator
 from hunyuan_jax.models.dit import DiT, DiTConfig
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings

@@ -24,7 +24,10 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(conv|quant_conv)/kernel$", (None, None, None, None, "fsdp")),
     (r"to_(q|k|v|out_0)/kernel$", ("fsdp", "tensor")),
     (r"(conv|quant_conv|to_q|to_k|to_v|to_out_0)/bias$", (None,)),
-    # Norms of both.
+    # The VAE's critic: convolutions over their output channels.
+    (r"(level_\d|logits)/patch/kernel$", (None, None, None, None, "fsdp")),
+    (r"(level_\d|logits)/patch/bias$", (None,)),
+    # Norms of the DiT and the VAE.
     (r"(norm\d?|conv_norm_out)/(scale|bias)$", (None,)),
 )
 

@@ -83,6 +83,7 @@ class T2VTask:
     """
 
     component: ClassVar[str] = "transformer"
+    critic: ClassVar[None] = None
 
     model: DiTConfig
     prediction: Prediction

@@ -25,6 +25,10 @@ class Task(Protocol):
     @property
     def model(self) -> Any: ...
 
+    @property
+    def critic(self) -> Any:
+        """How a critic is trained beside the model (`CriticConfig`), None where there is none."""
+
     @classmethod
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "Task":
         """The task from its sections of a config; raises `UserError` for what cannot be."""

@@ -1,6 +1,8 @@
-"""Training the causal 3D VAE: L1 between frames and their reconstruction, plus a weak KL. Paper section 4.1.
+"""Training the causal 3D VAE. Paper section 4.1.
 
-loss = mean |decode(z) - frames| + kl_weight * KL(posterior || N(0, 1)) per latent value,  z ~ posterior
+loss = mean |decode(z) - frames| + 0.1 LPIPS + 0.05 adversarial + 1e-6 KL(posterior || N(0, 1)) per latent value,  z ~ posterior
+
+LPIPS takes part where the config names files with its weights, the adversary where the config has a section `critic`.
 """
 
 import dataclasses
@@ -11,22 +13,40 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from absl import logging
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.dataset import Dataset
 from hunyuan_jax.data.transforms import to_uint8
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.lpips_weights import load_lpips
+from hunyuan_jax.models import critics
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import build
+from hunyuan_jax.tasks.critic import CriticConfig, Gradients, lesson, opinion
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAELossConfig:
-    """Weights of the loss; the paper's KL weight is 1e-6."""
+    """Weights of the loss beside L1's; those of KL and LPIPS are the paper's. The adversary's is in the section `critic`.
+
+    `lpips_files` are the files that hold LPIPS' weights, separated by commas (see lpips_weights.py); without any, LPIPS is off.
+    `lpips_frames` is how many frames of each clip LPIPS sees in training, drawn anew each time; 0 means all.
+    """
 
     kl_weight: float = 1e-6
+    lpips_weight: float = 0.1
+    lpips_files: str = ""
+    lpips_frames: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lpips_frames < 0:
+            raise UserError(f"loss: lpips_frames must be at least 0, not {self.lpips_frames}.")
 
 
 def psnr_db(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float[Array, "B"]:
@@ -35,21 +55,52 @@ def psnr_db(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float
     return -10.0 * jnp.log10(jnp.maximum(error / 4.0, 1e-10))
 
 
+def ssim(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float[Array, "B"]:
+    """Structural similarity of clips in [-1, 1] (Wang et al. 2004), by frame and channel, averaged over all; 1 for equal ones.
+
+    Gaussian windows of 11 x 11, sigma 1.5, that lie wholly within the frame: frames smaller than that have none, and no number.
+    """
+    offsets = jnp.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    window = jnp.exp(-0.5 * jnp.square(offsets / SSIM_SIGMA))
+    window /= jnp.sum(window)
+
+    def smooth(x: Float[Array, "N H W"]) -> Float[Array, "N H2 W2"]:
+        for kernel in (window[:, None], window[None, :]):
+            x = jax.lax.conv(x[:, None], kernel[None, None], (1, 1), "VALID")[:, 0]
+        return x
+
+    clips = len(a)
+    a, b = (jnp.moveaxis(x, -1, 2).reshape(-1, *x.shape[2:4]) for x in (jnp.clip(a, -1, 1), b))
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
+    both = smooth(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # of values that span 2
+    similar = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return jnp.mean(similar.reshape(clips, -1), axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class VAETask:
-    """Training of the VAE on clips of frames."""
+    """Training of the VAE on clips of frames; `lpips` are the weights of LPIPS, `critic` the adversary, each None where it is off."""
 
     component: ClassVar[str] = "vae"
 
     model: VAEConfig
     loss_config: VAELossConfig
+    lpips: Params = None
+    critic: CriticConfig | None = None
 
     @classmethod
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "VAETask":
-        return cls(build(VAEConfig, config.model, where="model"), build(VAELossConfig, config.loss, where="loss"))
+        loss = build(VAELossConfig, config.loss, where="loss")
+        lpips = load_lpips(loss.lpips_files.split(",")) if loss.lpips_files else None
+        if lpips is None:
+            logging.info("LPIPS is off: loss.lpips_files names no file with its weights.")
+        return cls(build(VAEConfig, config.model, where="model"), loss, lpips, CriticConfig.from_section(config.get("critic")))
 
     def describe(self) -> dict[str, Any]:
-        return {"task": "vae", "model": dataclasses.asdict(self.model)}
+        said = {"task": "vae", "model": dataclasses.asdict(self.model)}
+        return said if self.critic is None else said | {"critic": dataclasses.asdict(self.critic.model)}
 
     def keep_beside(self, workdir: Path) -> None:
         """Nothing: the parameters are all there is."""
@@ -58,22 +109,76 @@ class VAETask:
         frames = jnp.zeros((1, 1 + self.model.temporal_compression, *(2 * [2 * self.model.spatial_compression]), 3))
         return VAE(self.model).init(key, frames)["params"]
 
-    def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    def init_critic(self, key: PRNGKeyArray) -> Params:
+        assert self.critic is not None
+        return critics.init_discriminator(self.critic.model, key)
+
+    def draw(self, params: Params, batch: VideoBatch, key: PRNGKeyArray) -> tuple[Float[Array, "B T H W 3"], Float[Array, ""]]:
+        """Frames decoded from latents drawn from their posterior, and its KL per latent value."""
         vae = VAE(self.model)
         posterior: Any = vae.apply({"params": params}, batch.frames, method="encode")
         latents = posterior.sample(normal_like(sample_keys(key, batch), posterior.mean))
         frames: Any = vae.apply({"params": params}, latents, method="decode")
+        return frames, jnp.mean(posterior.kl()) / posterior.mean[0].size
+
+    def fidelity(
+        self, frames: Float[Array, "B T H W 3"], batch: VideoBatch, key: PRNGKeyArray
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """L1 and LPIPS between frames and those of the batch, weighted, and each apart."""
         l1 = jnp.mean(jnp.abs(frames - batch.frames))
-        kl = jnp.mean(posterior.kl()) / posterior.mean[0].size
-        loss = l1 + self.loss_config.kl_weight * kl
-        return loss, {"l1": l1, "kl": kl, "psnr_db": jnp.mean(psnr_db(frames, batch.frames))}
+        terms = {"l1": l1, "psnr_db": jnp.mean(psnr_db(frames, batch.frames))}
+        if self.lpips is None:
+            return l1, terms
+        keys = sample_keys(jax.random.fold_in(key, 0x1B1), batch)
+        lpips = jnp.mean(self._lpips(frames, batch.frames, keys=keys, frames=self.loss_config.lpips_frames))
+        return l1 + self.loss_config.lpips_weight * lpips, terms | {"lpips": lpips}
+
+    def _lpips(self, *clips: Float[Array, "B T H W 3"], **how: Any) -> Float[Array, "B"]:
+        # Behind a barrier the weights stay as they are, where compilers would spend minutes on reordering constants of this size.
+        return critics.lpips_of_clips(jax.lax.optimization_barrier(self.lpips), *clips, **how)
+
+    def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The loss without the adversary."""
+        frames, kl = self.draw(params, batch, key)
+        fidelity, terms = self.fidelity(frames, batch, key)
+        return fidelity + self.loss_config.kl_weight * kl, terms | {"kl": kl}
+
+    def gradients(self, params: Params, critic: Params, batch: VideoBatch, *, key: PRNGKeyArray, step: Int[Array, ""]) -> Gradients:
+        """The whole loss and both networks' gradients.
+
+        The losses are followed back to the frames one by one, and from the frames through the VAE together; the last layer's
+        gradients of each, which the adaptive weight compares, are the last link of that way and cost next to nothing.
+        """
+        c = self.critic
+        assert c is not None
+        (frames, kl), back = jax.vjp(lambda params: self.draw(params, batch, key), params)
+        fidelity_of = jax.value_and_grad(lambda frames: self.fidelity(frames, batch, key), has_aux=True)
+        (fidelity, terms), slope = fidelity_of(frames)
+        adversarial, adverse_slope = opinion(c, critic, frames, step=step)
+
+        last_layer = lambda slope: back((slope, jnp.zeros_like(kl)))[0]["decoder"]["conv_out"]  # noqa: E731
+        adaptive = jnp.ones(())
+        if c.adaptive:
+            adaptive = critics.adaptive_weight(last_layer(slope), last_layer(adverse_slope), limit=c.adaptive_limit)
+        adaptive = jnp.where(step >= c.joins_at, adaptive, 0.0)
+        weight = c.weight * adaptive
+        (grads,) = back((slope + weight * adverse_slope, jnp.full_like(kl, self.loss_config.kl_weight)))
+
+        critic_loss, balance, critic_grads = lesson(c, critic, frames, batch.frames, step=step)
+        more = {"kl": kl, "adversarial": adversarial, "d_loss": critic_loss, "adaptive_weight": adaptive, "balance": balance}
+        loss = fidelity + weight * adversarial + self.loss_config.kl_weight * kl
+        return Gradients(
+            loss=loss, model=grads, critic=critic_grads, critic_loss=critic_loss, learns=step >= c.start_step, metrics=terms | more
+        )
 
     def reconstruct(self, params: Params, frames: Float[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
         out: Any = VAE(self.model).apply({"params": params}, frames)
         return out
 
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
-        return {"psnr_db": psnr_db(self.reconstruct(params, batch.frames), batch.frames)}
+        out = self.reconstruct(params, batch.frames)
+        measured = {"psnr_db": psnr_db(out, batch.frames), "ssim": ssim(out, batch.frames)}
+        return measured if self.lpips is None else measured | {"lpips": self._lpips(out, batch.frames)}
 
     @functools.cached_property
     def _reconstruct(self) -> Any:

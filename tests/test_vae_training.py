@@ -1,0 +1,367 @@
+"""Laws of training the VAE: each network moves by its own loss alone, the critic waits its turn, and a run with one resumes exactly."""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from absl import logging
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+from scipy.ndimage import gaussian_filter
+
+from configs import vae as recipe
+from data_prep.encode import load_vae
+from hunyuan_jax import convert, report
+from hunyuan_jax.checkpoint import load_params
+from hunyuan_jax.data import records
+from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.data.dataset import write_index, write_shard
+from hunyuan_jax.data.loader import DataConfig
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.export import export
+from hunyuan_jax.metrics import read_metrics
+from hunyuan_jax.models import critics
+from hunyuan_jax.models.critics import DiscriminatorConfig
+from hunyuan_jax.models.vae import VAE, VAEConfig, abstract_params
+from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
+from hunyuan_jax.parallel.mesh import AXES, MeshConfig
+from hunyuan_jax.parallel.sharding import path_of
+from hunyuan_jax.settings import build
+from hunyuan_jax.tasks import VAETask
+from hunyuan_jax.tasks.critic import CriticConfig
+from hunyuan_jax.tasks.task import normal_like, sample_keys
+from hunyuan_jax.tasks.vae import VAELossConfig, psnr_db, ssim
+from hunyuan_jax.train import LoopConfig, state_shardings, train
+from hunyuan_jax.train_step import EmaConfig, average, init_critic_state, init_state, make_step
+from hunyuan_jax.video_io import encode_mp4
+
+MODEL = VAEConfig(
+    block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, latent_channels=2, spatial_compression=1, temporal_compression=1,
+)  # fmt: skip
+SMALL = DiscriminatorConfig(widths=(2, 4), time_halvings=1, power_steps=1)
+CRITIC = CriticConfig(
+    model=SMALL, optimizer=OptimizerConfig(learning_rate=1e-2), weight=0.5, start_step=2, lead_steps=1, adaptive_limit=1e6
+)
+
+
+class Linear(VAETask):
+    """The task with a linear model in the VAE's place, which compiles in a moment; its losses and its critic are the real ones."""
+
+    def init(self, key):
+        encoder, decoder = 0.5 * jax.random.normal(key, (2, 3, 3))
+        return {"encoder": encoder, "decoder": {"conv_out": {"kernel": decoder}}}
+
+    def draw(self, params, batch, key):
+        latents = batch.frames @ params["encoder"] + 0.1 * normal_like(sample_keys(key, batch), batch.frames)
+        return latents @ params["decoder"]["conv_out"]["kernel"], jnp.mean(jnp.square(latents))
+
+    def reconstruct(self, params, frames):
+        return frames @ params["encoder"] @ params["decoder"]["conv_out"]["kernel"]
+
+
+TASK = Linear(MODEL, VAELossConfig(kl_weight=1e-2), critic=CRITIC)
+VAE_TASK = VAETask(MODEL, TASK.loss_config)
+KEY = jax.random.key(7)
+FAST = {"xla_backend_optimization_level": 0}  # to compile, not to run
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3))
+
+
+def equal(one, other) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def batch() -> VideoBatch:
+    frames = np.random.default_rng(0).uniform(-1, 1, (2, 3, 16, 16, 3)).astype(np.float32)
+    return VideoBatch(sample_id=jnp.arange(2, dtype=jnp.uint32), frames=jnp.asarray(frames))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return TASK.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jax.jit(make_step(TASK, OPTIMIZER, ema=EmaConfig(), key=KEY), compiler_options=FAST)
+
+
+@pytest.fixture(scope="module")
+def states(params, batch, step):
+    """The states before each of 5 steps and after the last, and what each step said; for two critics."""
+
+    begin = jax.jit(lambda key: init_state(params, OPTIMIZER, init_critic_state(TASK, key)))
+
+    def run(seed):
+        states, said = [begin(jax.random.key(seed))], []
+        for _ in range(5):
+            state, metrics = step(states[-1], batch)
+            states.append(state)
+            said.append(jax.device_get(metrics))
+        return states, said
+
+    return run(0), run(1)
+
+
+def test_before_its_start_nothing_of_the_critic_moves_and_none_of_it_moves_the_model(states):
+    (one, said), (other, _) = states
+    assert not equal(one[0].critic.params, other[0].critic.params)
+    for step in range(4):  # the critic learns from step 2 on, and joins the loss of the model in step 3
+        assert equal(one[step].params, other[step].params)
+        assert equal(one[step].critic, one[0].critic) == (step < 3)
+    assert not equal(one[4].params, other[4].params)
+    assert [metrics["d_loss"] > 0 for metrics in said] == [False, False, True, True, True]
+    assert [metrics["adaptive_weight"] > 0 for metrics in said] == [False, False, False, True, True]
+    counts = [int(state.critic.opt_state[1][0].count) for state in one]
+    assert counts == [0, 0, 0, 1, 2, 3]
+    assert int(one[-1].skipped) == 0
+
+
+def test_until_the_critic_joins_the_model_learns_as_without_one(states, params, batch):
+    plain = jax.jit(make_step(dataclasses.replace(TASK, critic=None), OPTIMIZER, ema=EmaConfig(), key=KEY))
+    state = init_state(params, OPTIMIZER)
+    for _ in range(3):
+        state, metrics = plain(state, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state.params, states[0][0][3].params)
+    assert metrics.keys() < states[0][1][2].keys()
+    assert metrics["loss"] == pytest.approx(states[0][1][2]["loss"], rel=1e-4)
+
+
+def test_a_step_without_a_critic_is_bit_for_bit_the_plain_recipe(batch):
+    """L1 and KL, the optimizer and the average, written out."""
+    rng = np.random.default_rng(0)
+    shapes = abstract_params(MODEL)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+
+    def loss(params):
+        posterior = VAE(MODEL).apply({"params": params}, batch.frames, method="encode")
+        latents = posterior.sample(normal_like(sample_keys(KEY, batch), posterior.mean))
+        frames = VAE(MODEL).apply({"params": params}, latents, method="decode")
+        kl = jnp.mean(posterior.kl()) / posterior.mean[0].size
+        l1 = jnp.mean(jnp.abs(frames - batch.frames))
+        return l1 + 1e-2 * kl, {"l1": l1, "kl": kl, "psnr_db": jnp.mean(psnr_db(frames, batch.frames))}
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def expected(params, averaged, opt_state):
+        (value, said), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+        after = optax.apply_updates(params, updates)
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(value)
+        new, old = (after, average(averaged, after, step=jnp.array(0), decay=0.999), opt_state), (params, averaged, opt_state)
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old), {"loss": value, "grad_norm": norm, **said}
+
+    state = init_state(params, OPTIMIZER)
+    step = jax.jit(make_step(VAE_TASK, OPTIMIZER, ema=EmaConfig(), key=KEY), compiler_options=FAST)
+    after, metrics = step(state, batch)
+    whole, said = expected(params, state.ema, state.opt_state)
+    assert equal((after.params, after.ema, after.opt_state), whole)
+    assert {name: float(value) for name, value in metrics.items() if name != "skipped"} == {k: float(v) for k, v in said.items()}
+
+
+def test_each_network_has_the_gradient_of_its_own_loss_alone(states, params, batch):
+    critic = states[0][0][0].critic.params
+    found = jax.jit(lambda p, c: TASK.gradients(p, c, batch, key=KEY, step=jnp.array(3)))(params, critic)
+
+    def parts(params, critic):
+        frames, kl = TASK.draw(params, batch, KEY)
+        return TASK.fidelity(frames, batch, KEY)[0], critics.hinge_loss_of_generator(CRITIC.logits(critic, frames)), kl
+
+    def critic_loss(critic):
+        made, _ = TASK.draw(params, batch, KEY)
+        return critics.hinge_loss_of_discriminator(CRITIC.logits(critic, batch.frames), CRITIC.logits(critic, made))
+
+    def weighed(rows):
+        return jax.tree.map(lambda a, b, c: a[0] + 0.5 * adaptive * b[1] + 1e-2 * c[2], rows, rows, rows)
+
+    rows = jax.jit(jax.jacrev(lambda p: jnp.stack(parts(p, critic))))(params)
+    last = jax.tree.leaves(rows["decoder"]["conv_out"])
+    norms = [np.sqrt(sum(float(jnp.sum(jnp.square(leaf[term]))) for leaf in last)) for term in (0, 1)]
+    adaptive = norms[0] / (norms[1] + 1e-4)
+    assert found.metrics["adaptive_weight"] == pytest.approx(adaptive, rel=1e-4)
+    scale = float(optax.tree.norm(found.model))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), found.model, weighed(rows))
+    value, slope = jax.jit(jax.value_and_grad(critic_loss))(critic)
+    assert found.critic_loss == pytest.approx(float(value), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found.critic, slope)
+    l1, adversarial, kl = (float(x) for x in parts(params, critic))
+    assert found.loss == pytest.approx(l1 + 0.5 * adaptive * adversarial + 1e-2 * kl, rel=1e-4)
+
+
+def test_a_critic_that_is_not_finite_moves_neither_network(states, batch, step):
+    state = states[0][0][4]
+    broken = jax.tree.map(lambda x: x * jnp.nan, state.critic.params)
+    after, _ = step(state.replace(critic=state.critic.replace(params=broken)), batch)
+    assert equal(
+        (after.params, after.ema, after.opt_state, after.critic.opt_state),
+        (state.params, state.ema, state.opt_state, state.critic.opt_state),
+    )
+    assert (int(after.step), int(after.skipped)) == (5, 1)
+
+
+def test_lpips_enters_the_loss_with_its_weight_and_is_measured(params, batch, monkeypatch):
+    monkeypatch.setattr(critics, "VGG_STAGES", tuple(tuple((3, 4) for _ in stage) for stage in critics.VGG_STAGES))
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda leaf: np.abs(0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), critics.lpips_shapes())
+    task = dataclasses.replace(TASK, lpips=weights, critic=None, loss_config=VAELossConfig(lpips_weight=0.7))
+    loss, said = jax.jit(lambda p: task.loss(p, batch, key=KEY))(params)
+    frames, _ = jax.jit(lambda p: task.draw(p, batch, KEY))(params)
+    assert said["lpips"] == pytest.approx(float(jnp.mean(critics.lpips_of_clips(weights, frames, batch.frames))), rel=1e-4)
+    assert loss == pytest.approx(float(said["l1"] + 0.7 * said["lpips"] + 1e-6 * said["kl"]), rel=1e-5)
+    measured = jax.jit(lambda p: task.measure(p, batch, key=KEY))(params)
+    assert {name: value.shape for name, value in measured.items()} == {"psnr_db": (2,), "ssim": (2,), "lpips": (2,)}
+
+
+def test_ssim_is_that_of_the_usual_formula():
+    """As scikit-image computes it with Gaussian weights: windows of 11 x 11, borders left out."""
+    rng = np.random.default_rng(0)
+    a = rng.uniform(-1, 1, (2, 3, 20, 24, 3))
+    b = np.clip(a + 0.3 * rng.standard_normal(a.shape), -1, 1)
+    expected = []
+    for one, other in zip(a, b, strict=True):
+        rows = []
+        for x, y in zip(np.moveaxis(one, -1, 1).reshape(-1, 20, 24), np.moveaxis(other, -1, 1).reshape(-1, 20, 24), strict=True):
+            smooth = lambda z: gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]  # noqa: E731
+            mx, my, c1, c2 = smooth(x), smooth(y), 0.02**2, 0.06**2
+            vx, vy, both = smooth(x * x) - mx**2, smooth(y * y) - my**2, smooth(x * y) - mx * my
+            rows.append((2 * mx * my + c1) * (2 * both + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+        expected.append(np.mean(rows))
+    np.testing.assert_allclose(ssim(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)), expected, rtol=1e-4)
+    np.testing.assert_allclose(ssim(jnp.asarray(a), jnp.asarray(a)), 1.0, atol=1e-5)
+
+
+def test_a_critic_lies_on_the_mesh_by_the_table_and_its_optimizer_beside_it():
+    wide = dataclasses.replace(TASK, critic=dataclasses.replace(CRITIC, model=DiscriminatorConfig()))
+    state = jax.eval_shape(lambda: init_state(VAE_TASK.init(KEY), OPTIMIZER, init_critic_state(wide, KEY)))
+    places = state_shardings(state, AbstractMesh((1, 4, 1, 1), AXES))
+    assert jax.tree.structure(places) == jax.tree.structure(state)
+    for part in (places.critic.params, places.critic.opt_state[1][0].mu):
+        split = {path_of(path): tuple(place.spec) for path, place in jax.tree_util.tree_leaves_with_path(part)}
+        assert split["level_2/patch/kernel"] == (None, None, None, None, "fsdp")
+        assert split["logits/patch/kernel"] == (None,) * 5
+
+
+@pytest.mark.parametrize("wrong", [{"start_step": -1}, {"lead": 3}, {"model": {"width": 3}}, {"optimizer": {}}])
+def test_a_critic_that_cannot_be_is_refused(wrong):
+    with pytest.raises(UserError, match="critic"):
+        CriticConfig.from_section(ConfigDict({"optimizer": {"learning_rate": 1e-3}} | wrong))
+
+
+@pytest.mark.parametrize("part", [*recipe.STAGES, "shapes"])
+def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
+    config = recipe.get_config(part)
+    task = VAETask.from_config(config, None)
+    assert (task.loss_config.lpips_weight, task.loss_config.kl_weight, task.critic.weight) == (0.1, 1e-6, 0.05)
+    assert task.critic.joins_at < config.train.steps
+    image, video = (build(Bucket, bucket, where="bucket") for bucket in config.data.buckets)
+    assert (image.is_image, image.share, video.share) == (True, 1.0, 4.0)
+    assert video.intervals == tuple(range(1, 9))
+    task.model.latent_shape(*video.shape)
+    for kind, section in ((DataConfig, {**config.data, "path": "x"}), (OptimizerConfig, config.optimizer)):
+        build(kind, section, where="section")
+    build(LoopConfig, config.train, where="train"), build(MeshConfig, config.mesh, where="mesh"), build(EmaConfig, config.ema, where="ema")
+    if part != "shapes":
+        assert task.model == dataclasses.replace(VAEConfig(), dtype="bfloat16")
+
+
+# --- Runs ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_clips(folder: Path) -> None:
+    """A dataset of 8 clips of 5 frames of noise."""
+    items = []
+    for n in range(8):
+        frames = np.random.default_rng(n).integers(0, 255, (5, 16, 16, 3), np.uint8)
+        items.append(
+            records.Clip(
+                id=f"clip-{n}", video=encode_mp4(frames, fps=8), fps=8.0, num_frames=5, height=16, width=16, caption={}, camera="",
+                source=f"{n}.mp4", start_seconds=0.0, end_seconds=1.0, scores={},
+            )
+        )  # fmt: skip
+    folder.mkdir()
+    shard = write_shard(folder / "clips-0.array_record", [records.to_bytes(item) for item in items])
+    rows = [{"id": x.id, "shard": shard["name"], "index": i, "source": x.source, "num_frames": 5} for i, x in enumerate(items)]
+    write_index(folder, kind="Clip", rows=rows, shards=[shard], made_from={})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Trains from a config of the recipe, made tiny, to a step; what is compiled once is not compiled again."""
+    folder = tmp_path_factory.mktemp("run")
+    write_clips(folder / "clips")
+    settings = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def train_to(steps: int, workdir: Path, *, start_step: int = 1) -> Path:
+        config = recipe.get_config("shapes")
+        config.model = ConfigDict({name: value for name, value in dataclasses.asdict(MODEL).items() if name != "dtype"})
+        config.critic.model = ConfigDict(dataclasses.asdict(SMALL))
+        config.critic.update({"start_step": start_step, "lead_steps": 1})
+        config.data.update({"path": str(folder / "clips"), "held_out": 0.3})
+        config.data.buckets = ({"frames": 3, "height": 16, "width": 16, "intervals": (1, 2), "batch": 2},)
+        config.train.update({"steps": steps, "log_every": 1, "checkpoint_every": 2, "measure_every": 0, "preview_every": 0})
+        train(config, workdir)
+        return workdir
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield train_to
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory) -> Path:
+    return run(4, tmp_path_factory.mktemp("whole") / "vae")
+
+
+def checkpoint(workdir: Path, part: str) -> dict:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir.absolute() / "checkpoints" / "4" / part)
+
+
+def test_a_resumed_run_with_a_critic_equals_an_uninterrupted_one(run, trained, tmp_path):
+    resumed = run(2, tmp_path / "vae")
+    run(4, resumed)
+    for part in ("params", "ema", "rest"):
+        assert equal(checkpoint(trained, part), checkpoint(resumed, part))
+    assert "critic" in checkpoint(trained, "rest")
+    said = [[{k: v for k, v in row.items() if "second" not in k} for row in read_metrics(w / "metrics.jsonl")] for w in (trained, resumed)]
+    assert said[0] == said[1]
+    assert said[0][0]["d_loss"] == 0 < said[0][3]["d_loss"]
+
+
+def test_a_run_with_a_critic_is_exported_and_encodes_as_any_vae(trained, tmp_path):
+    assert json.loads((trained / "model.json").read_text())["critic"]["widths"] == [2, 4]
+    export(trained, tmp_path / "vae", layout="native", weights="ema", dtype="keep")
+    config, params = convert.load(tmp_path / "vae", component="vae")
+    assert config == load_vae(trained)[0]
+    averaged, at = load_params(trained, abstract_params(MODEL))
+    assert at == 4
+    assert equal(params, averaged)
+    assert equal(averaged, load_vae(trained)[1])
+    assert equal(averaged, checkpoint(trained, "ema"))
+
+
+def test_a_run_says_that_lpips_is_off(trained, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        logging.use_python_logging()
+        VAETask.from_config(ConfigDict(json.loads((trained / "config.json").read_text())), None)
+    assert "LPIPS is off" in caplog.text
+    page = report.make_page(report.read_run(trained.parent))
+    assert "LPIPS was off" in page
+    assert "adversary was off" not in page
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"task": "vae", "loss": {"lpips_files": "a,b"}}))
+    page = report.make_page(report.read_run(tmp_path))
+    assert not re.search("LPIPS was off", page)
+    assert "adversary was off" in page
