@@ -4,13 +4,17 @@ The joint sequence of the model is [image tokens, text tokens] with the valid te
 of valid keys, says all there is to say about masking; no dense mask ever exists outside the reference backend.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a sample without any valid key gives finite values (which nobody reads) instead of NaN; its exponential is 0.
 MASKED_SCORE = -1e30
+# Queries are taken in blocks, of at least so many, whose scores are about so many numbers: what a cache holds, and no more memory.
+LEAST_BLOCK, BLOCK_SCORES = 256, 2**21
 
 
 def attention(
@@ -25,12 +29,27 @@ def attention(
     Keys past the length contribute exactly nothing. Scores and softmax are float32; the result has the dtype of `v`.
     """
     q, k, v = (rearrange(x, "b l h d -> b h l d") for x in (q, k, v))
+    valid = None if kv_lengths is None else jnp.arange(k.shape[2]) < kv_lengths[:, None]
+    num_blocks = -(-q.shape[2] // max(LEAST_BLOCK, BLOCK_SCORES // math.prod(k.shape[:3])))
+    if num_blocks == 1:
+        out = attend(q, k, v, valid)
+    else:
+        # The scan keeps one block of scores at a time, and the checkpoint none for the backward pass.
+        length = q.shape[2]
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, -length % num_blocks), (0, 0)))
+        blocks = rearrange(q, "b h (n l) d -> n b h l d", n=num_blocks)
+        out = jax.lax.map(jax.checkpoint(lambda block: attend(block, k, v, valid), prevent_cse=False), blocks)
+        out = rearrange(out, "n b h l d -> b h (n l) d")[:, :, :length]
+    return rearrange(out, "b h l d -> b l h d")
+
+
+def attend(q: Float[Array, "B H L d"], k: Array, v: Array, valid: Bool[Array, "B M"] | None) -> Float[Array, "B H L d"]:
+    """Attention of some queries over all keys, heads before tokens."""
     scores = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if kv_lengths is not None:
-        valid = jnp.arange(k.shape[2]) < kv_lengths[:, None]
+    if valid is not None:
         scores = scores + jnp.where(valid, 0.0, MASKED_SCORE)[:, None, None, :]
     # The sum of the weights divides the d outputs of a query rather than its M weights, which are many more.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("bhlm,bhmd->bhld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    return rearrange(out.astype(v.dtype), "b h l d -> b l h d")
+    return out.astype(v.dtype)
