@@ -31,12 +31,12 @@ VARIANTS = {
 TEXT_LENGTHS = np.array([11, 1, 6])
 
 
-def inputs(config: DiTConfig) -> dict[str, np.ndarray]:
+def inputs(config: DiTConfig, *, size: tuple[int, int, int] = (5, 6, 14)) -> dict[str, np.ndarray]:
     """Three samples of 5 x 6 x 14 latents (token grid 5 x 3 x 7) with texts of different lengths and random padding."""
     rng = np.random.default_rng(0)
     batch = len(TEXT_LENGTHS)
     arrays = {
-        "latents": rng.normal(size=(batch, 5, 6, 14, config.in_channels)),
+        "latents": rng.normal(size=(batch, *size, config.in_channels)),
         "t": np.array([0.0371, 0.5, 1.0]),
         "txt": rng.normal(size=(batch, 11, config.text_dim)),
         "pooled": rng.normal(size=(batch, config.pooled_dim)),
@@ -72,29 +72,39 @@ def converted(model: torch.nn.Module, config: DiTConfig) -> dict:
     return params
 
 
+def clean_frames(image_condition: str | None) -> dict[str, jax.Array]:
+    """The first frame of every sample is given where the variant replaces its tokens."""
+    return {"clean_frames": jnp.ones(len(TEXT_LENGTHS), jnp.int32)} if image_condition == "token_replace" else {}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_velocity_equals_diffusers(variant):
     config, image_condition = VARIANTS[variant]
     model = diffusers_dit(config, image_condition=image_condition)
-    arrays = inputs(config)
-    with torch.no_grad():
-        theirs = reference(model, {name: torch.from_numpy(x) for name, x in arrays.items()})
-    clean = {"clean_frames": jnp.ones(len(TEXT_LENGTHS), jnp.int32)} if image_condition == "token_replace" else {}
-    ours = jax.jit(DiT(config).apply)({"params": converted(model, config)}, **arrays, **clean)
-    assert ours.shape == theirs.shape
-    assert difference(ours, theirs) < 1e-5
-    # Sample by sample a little wider: the last bit of torch's exp in one time frequency turns an angle by 2e-4 at 6000.
-    for mine, other in zip(ours, theirs, strict=True):
-        assert difference(mine, other) < 2e-5
+    params, clean = converted(model, config), clean_frames(image_condition)
+    for size in ((5, 6, 14), (3, 5, 7)):
+        arrays = inputs(config, size=size)
+        # Theirs takes whole patches only: odd rows and columns are padded as ours are, and the velocity cropped.
+        ends = [(0, 0), (0, 0), (0, size[1] % 2), (0, size[2] % 2), (0, 0)]
+        padded = arrays | {"latents": np.pad(arrays["latents"], ends, mode="edge")}
+        with torch.no_grad():
+            theirs = reference(model, {name: torch.from_numpy(x) for name, x in padded.items()})[:, :, : size[1], : size[2]]
+        ours = jax.jit(DiT(config).apply)({"params": params}, **arrays, **clean)
+        assert ours.shape == theirs.shape
+        assert difference(ours, theirs) < 1e-5
+        # Sample by sample a little wider: the last bit of torch's exp in one time frequency turns an angle by 2e-4 at 6000.
+        for mine, other in zip(ours, theirs, strict=True):
+            assert difference(mine, other) < 2e-5
 
 
-def test_gradients_of_parameters_and_inputs_equal_diffusers():
-    config, image_condition = VARIANTS["token_replace"]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_parameters_and_inputs_equal_diffusers(variant):
+    config, image_condition = VARIANTS[variant]
     model = diffusers_dit(config, image_condition=image_condition)
-    arrays = inputs(config)
+    arrays, clean = inputs(config), clean_frames(image_condition)
     target = np.random.default_rng(1).normal(size=(*arrays["latents"].shape[:-1], config.out_channels)).astype(np.float32)
 
-    differentiable = ("latents", "txt", "pooled")
+    differentiable = [name for name in arrays if name != "txt_mask"]
     tensors = {name: torch.from_numpy(x).requires_grad_(name in differentiable) for name, x in arrays.items()}
     torch.mean((reference(model, tensors) - torch.from_numpy(target)) ** 2).backward()
     their_params = our_params({name: x.grad.numpy() for name, x in model.named_parameters()}, config)
@@ -102,8 +112,7 @@ def test_gradients_of_parameters_and_inputs_equal_diffusers():
     @jax.jit
     def gradients(params, chosen):
         def loss(params, chosen):
-            clean = jnp.ones(len(TEXT_LENGTHS), jnp.int32)
-            return jnp.mean((DiT(config).apply({"params": params}, **{**arrays, **chosen}, clean_frames=clean) - target) ** 2)
+            return jnp.mean((DiT(config).apply({"params": params}, **{**arrays, **chosen}, **clean) - target) ** 2)
 
         return jax.grad(loss, argnums=(0, 1))(params, chosen)
 
