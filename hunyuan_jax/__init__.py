@@ -1,6 +1,7 @@
 """A JAX/Flax training stack for HunyuanVideo. The map, from the outside in:
 
 train, generate, evaluate, report    commands
+export, convert                      commands: weights out of a run, and from any layout to any other
 codec                                VAE and text tower as one folder, between the world and the DiT
 tasks                                what is trained, by what loss, and how it is shown
 flow, sampling                       flow matching and Euler steps
@@ -8,6 +9,8 @@ models                               VAE, DiT, text tower: pure functions of par
 data                                 records, buckets, schedule, batches
 parallel                             the mesh and where arrays live
 train_step, optimizer, checkpoint    one step, and how a run continues
-convert, metrics, video_io           files in and out
+weights, adapters, tensor_files      weights and LoRA adapters as they lie in files
+metrics, video_io                    other files in and out
+flops                                what a DiT costs, and what a device can do
 settings, errors                     the door from configs to dataclasses, and what a user can get wrong
 """
