@@ -7,31 +7,25 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
+from flax import traverse_util
 from jax.sharding import AbstractMesh
 
 from configs import t2v_13b
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.models import layouts
 from hunyuan_jax.models.critics import DiscriminatorConfig, init_discriminator
-from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.models.vae import VAEConfig, abstract_params
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import PARAM_RULES, param_shardings, path_of, rule_for
 from hunyuan_jax.settings import build
 
 
-def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, dtype)
-
-
 def abstract_dit():
     """The parameters of the 13B model, with the guidance embedding that distillation adds."""
     section = t2v_13b.get_config().model.to_dict() | {"guidance_embed": True}
-    c = build(DiTConfig, section, where="model")
-    inputs = (shape(1, *c.patch_size, c.in_channels), shape(1), shape(1, 1, c.text_dim), shape(1, 1, dtype=jnp.bool_))
-    inputs += (shape(1, c.pooled_dim), shape(1))
-    return jax.eval_shape(lambda *x: DiT(c).init(jax.random.key(0), *x)["params"], *inputs)
+    return traverse_util.unflatten_dict(layouts.abstract_params(build(DiTConfig, section, where="model")), sep="/")
 
 
 @pytest.fixture(scope="module")
