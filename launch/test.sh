@@ -26,7 +26,7 @@ if [ ${#failed[@]} -gt 0 ]; then
 fi
 echo "Testing with pytest on 2 processes"
 status=0
-"$python" -m pytest -n 2 --dist=loadfile "$@" || status=$?
+"$python" -m pytest -n 2 --dist=loadfile --no-loadscope-reorder "$@" || status=$?
 if [ ${#failed[@]} -gt 0 ]; then
     echo "error: ${failed[*]} failed, see above" >&2
     exit 1

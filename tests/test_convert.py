@@ -24,6 +24,7 @@ from hunyuan_jax.models.layouts import LAYOUTS, places, table  # noqa: E402
 from hunyuan_jax.models.vae import VAEConfig  # noqa: E402
 from hunyuan_jax.tensor_files import open_tensors, write_safetensors  # noqa: E402
 from hunyuan_jax.weights import CONFIG, InMemory, Weights, open_weights, weights_of  # noqa: E402
+from tests.commands import ROOT, run_module  # noqa: E402
 from tests.diffusers_dit import diffusers_dit  # noqa: E402
 
 TINY = DiTConfig(width=32, num_heads=2, num_double_blocks=2, num_single_blocks=3, text_dim=6, pooled_dim=5, rope_axes=(4, 6, 6))
@@ -138,11 +139,8 @@ def test_how_images_condition_a_model_survives_layouts_that_do_not_say_it(tmp_pa
     assert json.loads((tmp_path / "again" / "config.json").read_text())["image_condition_type"] == "token_replace"
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "hunyuan_jax.convert", *arguments],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+def convert_command(src: str, dst: str, to: str, *more: str, expect: int = 0) -> str:
+    return run_module("hunyuan_jax.convert", "--src", src, "--dst", dst, "--to", to, *more, expect=expect)
 
 
 def test_the_command_names_the_licence_of_weights_from_elsewhere_and_of_what_came_of_them(tmp_path):
@@ -150,24 +148,18 @@ def test_the_command_names_the_licence_of_weights_from_elsewhere_and_of_what_cam
     tensors = {name: torch.from_numpy(tensor.value) for name, tensor in random_weights(config).stored.items()}
     torch.save({"module": tensors}, tmp_path / "weights.pt")
     (tmp_path / "config.json").write_text(json.dumps({"rope_axes_dim": config.rope_axes}))
-    first = command("--src", f"{tmp_path}/weights.pt", "--dst", f"{tmp_path}/ours.safetensors", "--to", "native", "--verify")
-    assert first.returncode == 0, first.stderr
-    assert "a transformer in the tencent layout" in first.stdout
-    assert f"{len(tensors)} tensors verified" in first.stdout
-    second = command("--src", f"{tmp_path}/ours.safetensors", "--dst", f"{tmp_path}/theirs", "--to", "diffusers")
-    for done in (first, second):
-        assert done.stderr.count("Tencent Hunyuan Community License") == 1
+    first = convert_command(f"{tmp_path}/weights.pt", f"{tmp_path}/ours.safetensors", "native", "--verify")
+    assert "a transformer in the tencent layout" in first
+    assert f"{len(tensors)} tensors verified" in first
+    second = convert_command(f"{tmp_path}/ours.safetensors", f"{tmp_path}/theirs", "diffusers")
+    for said in (first, second):
+        assert said.count("Tencent Hunyuan Community License") == 1
     assert_equal_bits(open_weights(tmp_path / "theirs"), random_weights(config))
 
     (tmp_path / "theirs" / "config.json").unlink()
     write(weights_of(config, convert.load(tmp_path / "theirs")[1]), tmp_path / "trained.safetensors", "tencent")
-    third = command("--src", f"{tmp_path}/trained.safetensors", "--dst", f"{tmp_path}/out", "--to", "comfyui")
-    assert third.returncode == 0
-    assert "License" not in third.stderr
-    wrong = command("--src", f"{tmp_path}/nothing.pt", "--dst", f"{tmp_path}/out2", "--to", "native")
-    assert wrong.returncode == 2
-    assert "nothing.pt cannot be read" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+    assert "License" not in convert_command(f"{tmp_path}/trained.safetensors", f"{tmp_path}/out", "comfyui")
+    assert "nothing.pt cannot be read" in convert_command(f"{tmp_path}/nothing.pt", f"{tmp_path}/out2", "native", expect=2)
     assert not (tmp_path / "out2").exists()
 
 
@@ -180,7 +172,7 @@ def test_processes_load_the_same_parameters_onto_a_mesh_and_together_read_every_
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tests.sharded_load", str(path), str(port)]
     started = [
-        subprocess.Popen([*command, str(n), str(processes)], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen([*command, str(n), str(processes)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for n in range(processes)
     ]
     ended = [(process.communicate(timeout=300), process.returncode) for process in started]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from data_prep.shapes_world import World, write_world
 from hunyuan_jax.data.dataset import open_dataset, sha256_of
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.video_io import encode_mp4, read_video
+from tests.commands import run_module
 
 DATA = ("manifest.parquet", "rejected.parquet", "features.parquet", "files.parquet", "errors.jsonl", "dataset.json")
 
@@ -285,12 +284,10 @@ def test_a_misspelt_option_of_the_command_is_not_passed_over_to_beam() -> None:
 
 
 def test_the_command_ends_with_code_2_and_one_line_for_a_missing_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "data_prep.curate", "--input", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--config", curation.__file__], capture_output=True, text=True, cwd=Path(curate.__file__).parent.parent
+    said = run_module(
+        "data_prep.curate", "--input", f"{tmp_path}/none", "--output", f"{tmp_path}/out", "--config", curation.__file__, expect=2
     )
-    assert done.returncode == 2
-    assert done.stderr == f"error: A folder with video files was expected at {tmp_path / 'none'}, but there is none.\n"
+    assert said == f"error: A folder with video files was expected at {tmp_path / 'none'}, but there is none.\n"
 
 
 def test_folders_without_video_and_of_other_datasets_are_refused(pair: Path, tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +21,7 @@ from hunyuan_jax.models.dit import RELEASED, DiT, DiTConfig  # noqa: E402
 from hunyuan_jax.models.lora import LAYOUTS, Adapter, LoRA  # noqa: E402
 from hunyuan_jax.tensor_files import open_tensors, write_safetensors  # noqa: E402
 from hunyuan_jax.weights import open_weights, weights_of  # noqa: E402
+from tests.commands import run_module  # noqa: E402
 from tests.diffusers_dit import diffusers_dit, our_params  # noqa: E402
 from tests.test_convert import inputs, theirs  # noqa: E402
 
@@ -481,16 +479,6 @@ def test_a_change_is_measured_against_the_weight():
 # --- The command ---------------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str, expect: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "hunyuan_jax.convert", *arguments],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture
 def base(tmp_path, params):
     convert.write(weights_of(TINY, params), tmp_path / "base.safetensors", "tencent")
@@ -500,7 +488,7 @@ def base(tmp_path, params):
 def test_the_command_merges_adapters_into_weights_of_any_layout(tmp_path, base, params):
     adapters.write(tmp_path / "lora" / "adapter.safetensors", sample(), "musubi", TINY)
     options = ("--lora", f"{tmp_path}/lora/adapter.safetensors", "--multiplier", "0.5", "--verify")
-    said = command("--src", str(base), "--dst", f"{tmp_path}/merged", "--to", "diffusers", *options)
+    said = run_module("hunyuan_jax.convert", "--src", str(base), "--dst", f"{tmp_path}/merged", "--to", "diffusers", *options)
     assert "weights changed" in said
     assert f"{len(layouts.places(TINY))} tensors verified" in said
     merged = convert.load(tmp_path / "merged")[1]
@@ -508,7 +496,19 @@ def test_the_command_merges_adapters_into_weights_of_any_layout(tmp_path, base, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max())), merged, expected)
     assert open_weights(tmp_path / "merged").metadata["lora_multiplier"] == "0.5"
 
-    command("--src", str(base), "--dst", f"{tmp_path}/nothing", "--to", "diffusers", *options[:2], "--multiplier", "0", expect=2)
+    run_module(
+        "hunyuan_jax.convert",
+        "--src",
+        str(base),
+        "--dst",
+        f"{tmp_path}/nothing",
+        "--to",
+        "diffusers",
+        *options[:2],
+        "--multiplier",
+        "0",
+        expect=2,
+    )
     assert not (tmp_path / "nothing").exists()
 
 
@@ -524,8 +524,10 @@ def test_a_change_that_the_type_swallows_is_refused(params):
 def test_the_command_writes_adapters_in_another_layout(tmp_path, base):
     adapters.write(tmp_path / "adapter.safetensors", sample(), "musubi", TINY)
     arguments = ("--src", f"{tmp_path}/adapter.safetensors", "--dst", f"{tmp_path}/out/other.safetensors")
-    assert "in the musubi layout" in command(*arguments, "--to", "diffusers", "--model", str(base))
+    assert "in the musubi layout" in run_module("hunyuan_jax.convert", *arguments, "--to", "diffusers", "--model", str(base))
     assert_equal_bits(sample(), adapters.read(tmp_path / "out" / "other.safetensors", TINY).adapters)
-    assert "not 'comfyui'" in command(*arguments, "--to", "comfyui", "--model", str(base), expect=2)
-    assert "were expected" in command(*arguments, "--to", "diffusers", expect=2)  # the released model has other shapes
-    assert "not 'musubi'" in command("--src", str(base), "--dst", f"{tmp_path}/x", "--to", "musubi", expect=2)
+    assert "not 'comfyui'" in run_module("hunyuan_jax.convert", *arguments, "--to", "comfyui", "--model", str(base), expect=2)
+    assert "were expected" in run_module(
+        "hunyuan_jax.convert", *arguments, "--to", "diffusers", expect=2
+    )  # the released model has other shapes
+    assert "not 'musubi'" in run_module("hunyuan_jax.convert", "--src", str(base), "--dst", f"{tmp_path}/x", "--to", "musubi", expect=2)

@@ -2,9 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -20,6 +17,7 @@ from hunyuan_jax.models.vae import VAEConfig, abstract_params
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import PARAM_RULES, param_shardings, path_of, rule_for
 from hunyuan_jax.settings import build
+from tests.commands import run_program
 
 
 def abstract_dit():
@@ -123,14 +121,4 @@ print("equal")
 
 
 def test_a_sharded_forward_pass_is_the_unsharded_one():
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED_FORWARD],
-        cwd=root,
-        env={"JAX_PLATFORMS": "cpu", "PATH": "", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    assert run_program(SHARDED_FORWARD) == "equal"
