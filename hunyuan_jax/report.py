@@ -11,9 +11,7 @@ import base64
 import collections
 import dataclasses
 import hashlib
-import html
 import io
-import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from hunyuan_jax.charts import Series, chart, number, text
 from hunyuan_jax.data.dataset import replacing, write_json
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.metrics import read_metrics
@@ -109,22 +108,8 @@ def summarise(run: Run) -> dict[str, Any]:
 # Words and numbers
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
 def _percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float) -> str:
-    """A number for an axis or a caption: three digits that matter, thousands with a thin space."""
-    if value and (abs(value) < 1e-2 or abs(value) >= 1e7):
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}".replace(",", "\u202f")
-    return f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -140,121 +125,10 @@ def _section(anchor: str, title: str, lead: str, body: str) -> str:
 
 def _nothing(run: Run, name: str) -> str:
     """What stands where a part is missing."""
-    return f'<p class="missing">Nothing to show: {_text(run.missing.get(name, f"{name} is empty."))}</p>'
+    return f'<p class="missing">Nothing to show: {text(run.missing.get(name, f"{name} is empty."))}</p>'
 
 
 # Charts
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """A line of a chart: (x, y) in order of x."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-
-
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 380, 220, 46, 12, 10, 34
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scale:
-    """One axis: from values to units of the drawing, straight or logarithmic."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * (value - low) / (high - low)
-
-    def ticks(self) -> list[float]:
-        if self.log:
-            low, high = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            mantissas = (1, 2, 5) if high - low <= 2 else (1,)
-            every = max(1, (high - low) // 5)
-            marks = [m * 10.0**e for e in range(low, high + 1, every) for m in mantissas]
-        else:
-            rough = (self.high - self.low) / 4
-            power = 10.0 ** math.floor(math.log10(rough))
-            step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-            marks = [step * n for n in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
-        return [mark for mark in marks if self.low * (1 - 1e-9) - 1e-12 <= mark <= self.high * (1 + 1e-9) + 1e-12]
-
-
-def _scale_y(values: Sequence[float]) -> _Scale:
-    low, high = min(values), max(values)
-    if low > 0 and high / low > 30:
-        return _Scale(low / 1.1, high * 1.1, _HEIGHT - _BOTTOM, _TOP, log=True)
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    floor = 0.0 if 0 <= low < 0.3 * high else low - margin
-    return _Scale(floor, high + margin, _HEIGHT - _BOTTOM, _TOP)
-
-
-def _axes(x: _Scale, y: _Scale, x_label: str) -> str:
-    parts = []
-    for value in y.ticks():
-        at = f"{y(value):.1f}"
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at}" dy=".32em" text-anchor="end">{_number(value)}</text>')
-    for value in x.ticks():
-        at = f"{x(value):.1f}"
-        parts.append(f'<line class="tick" x1="{at}" x2="{at}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM + 4}"/>')
-        parts.append(f'<text x="{at}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}"/>')
-    parts.append(f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 3}" text-anchor="middle">{_text(x_label)}</text>')
-    return "".join(parts)
-
-
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The mean over a window of about a twentieth of the points, centred, so that the line does not lag behind."""
-    half = max(1, len(points) // 40)
-    sums = [0.0, *itertools.accumulate(y for _, y in points)]
-    out = []
-    for n, (x, _) in enumerate(points):
-        first, end = max(0, n - half), min(len(points), n + half + 1)
-        out.append((x, (sums[end] - sums[first]) / (end - first)))
-    return out
-
-
-def _polyline(points: Sequence[tuple[float, float]], x: _Scale, y: _Scale, css: str) -> str:
-    every = max(1, len(points) // 400)
-    shown = [*points[::every], points[-1]]
-    return f'<polyline class="{css}" points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in shown)}"/>'
-
-
-def _lines(series: Sequence[Series], x: _Scale, y: _Scale) -> str:
-    parts = []
-    for number, line in enumerate(series):
-        colour = f"c{number % 5}"
-        if len(line.points) >= 40:
-            parts.append(_polyline(line.points, x, y, f"raw {colour}"))
-            parts.append(_polyline(_smoothed(line.points), x, y, colour))
-            continue
-        parts.append(_polyline(line.points, x, y, colour))
-        parts += [f'<circle class="{colour}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6"/>' for a, b in line.points]
-    return "".join(parts)
-
-
-def chart(title: str, unit: str, series: Sequence[Series], *, x_label: str = "step") -> str:
-    """A figure with axes, their units, the raw and the smoothed line of each series, and the last value of each."""
-    series = [line for line in series if line.points]
-    xs = [a for line in series for a, _ in line.points]
-    x = _Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, _LEFT, _WIDTH - _RIGHT)
-    y = _scale_y([b for line in series for _, b in line.points])
-    last = [
-        f'<span class="key c{n % 5}">{_text(line.label)} <b>{_number(line.points[-1][1])}</b></span>'
-        for n, line in enumerate(series)
-        if line.label
-    ]
-    drawing = (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(title)}">{_axes(x, y, x_label)}{_lines(series, x, y)}</svg>'
-    )
-    head = f"<b>{_text(title)}</b>" + (f' <span class="unit">{_text(unit)}</span>' if unit else "")
-    return f'<figure class="chart"><figcaption>{head}<span class="keys">{"".join(last)}</span></figcaption>{drawing}</figure>'
 
 
 _TITLES = {
@@ -275,6 +149,8 @@ _TITLES = {
     "held_out/psnr/_db": ("PSNR on held-out clips", "dB"),
     "held_out/ssim/": ("SSIM on held-out clips", ""),
     "held_out/lpips/": ("LPIPS on held-out clips", ""),
+    "held_out/sharpness/": ("Sharpness of held-out clips, 1 as the original", ""),
+    "held_out/seam_error/": ("Seams: tiled against whole, held-out clips", "grey levels"),
     "held_out/loss/": ("Loss on held-out clips", ""),
     "skipped": ("Skipped steps", ""),
 }
@@ -322,9 +198,9 @@ class _Embedder:
             data = path.read_bytes()
             first = read_video(data, max_frames=1).frames[0]
         except (OSError, MediaError):
-            return f'<p class="missing">{_text(path.name)} cannot be read</p>'
+            return f'<p class="missing">{text(path.name)} cannot be read</p>'
         if len(data) > self._left:
-            return f'<p class="missing">{_text(path.name)} lies beside this page</p>'
+            return f'<p class="missing">{text(path.name)} lies beside this page</p>'
         self._left -= len(data)
         picture = io.BytesIO()
         Image.fromarray(first).save(picture, format="WEBP", quality=85)
@@ -350,15 +226,15 @@ def _previews(run: Run, name: str, embed: _Embedder) -> str:
     figures = []
     for path in _evenly(paths, PREVIEWS_SHOWN):
         step = path.stem.removeprefix("step_").lstrip("0") or "0"
-        figures.append(f'<figure><figcaption class="step">step {_text(step)}</figcaption>{embed(path)}</figure>')
+        figures.append(f'<figure><figcaption class="step">step {text(step)}</figcaption>{embed(path)}</figure>')
     return f'<div class="previews">{"".join(figures)}</div>'
 
 
 def _reading(clip: Row, name: str) -> str:
     expected, read = clip["expected"].get(name), clip["read"].get(name)
     if expected == read:
-        return f'<span class="right">✓ {_text(read)}</span>'
-    return f'<span class="wrong">✗ {_text(read)}</span>'
+        return f'<span class="right">✓ {text(read)}</span>'
+    return f'<span class="wrong">✗ {text(read)}</span>'
 
 
 def _card(clip: Row, embed: _Embedder, *, first: bool) -> str:
@@ -369,7 +245,7 @@ def _card(clip: Row, embed: _Embedder, *, first: bool) -> str:
     badge = "" if seen else '<span class="badge">unseen</span>'
     reading = f'<div class="reading">{"".join(_reading(clip, name) for name in ATTRIBUTES)}</div>' if judged else ""
     video = embed(clip["path"])
-    caption = f"<figcaption>{_text(clip.get('prompt', ''))}{reading}</figcaption>"
+    caption = f"<figcaption>{text(clip.get('prompt', ''))}{reading}</figcaption>"
     return f'<figure class="card {" ".join(classes)}"><div class="screen">{video}{badge}</div>{caption}</figure>'
 
 
@@ -446,8 +322,8 @@ def _by_word(run: Run) -> str:
             instead = next((f"{other} ({count})" for other, count in read.most_common() if other != word), "")
             share = read[word] / read.total()
             rows.append(
-                f"<tr><th>{_text(word)}</th><td>{read[word]} / {read.total()}{_meter(share)}</td>"
-                f"<td><small>{_text(instead)}</small></td></tr>"
+                f"<tr><th>{text(word)}</th><td>{read[word]} / {read.total()}{_meter(share)}</td>"
+                f"<td><small>{text(instead)}</small></td></tr>"
             )
         columns.append(f'<table class="words"><caption>{name}</caption><tbody>{"".join(rows)}</tbody></table>')
     return f'<details><summary>Word by word, and what was read instead</summary><div class="columns">{"".join(columns)}</div></details>'
@@ -468,8 +344,55 @@ def _flow_loss(run: Run) -> list[str]:
 def _training(run: Run, name: str, *, title: str, lead: str, embed: _Embedder) -> str:
     charts = _metric_charts(run.metrics[name]) + (_flow_loss(run) if name == "t2v" else [])
     curves = f'<div class="charts">{"".join(charts)}</div>' if charts else _nothing(run, f"{name}/metrics.jsonl")
-    said = "".join(f"<p>{_text(words)}</p>" for words in _left_out(run, name))
-    return _section(name, title, lead, f"{said}{curves}<h3>Previews, step by step</h3>{_previews(run, name, embed)}")
+    said = "".join(f"<p>{text(words)}</p>" for words in _left_out(run, name))
+    previews = f"<h3>Previews, step by step</h3>{_previews(run, name, embed)}"
+    return _section(name, title, lead, f"{said}{curves}{_reconstruction(run, name)}{previews}")
+
+
+# PSNR in dB as published for other VAEs (paper, table 1), of ImageNet at 256 x 256 and of MCL-JCV at 33 x 360 x 640.
+PUBLISHED_VAES = (
+    ("FLUX-VAE", "1 x 8 x 8", 16, 32.70, None),
+    ("OpenSora-1.2", "4 x 8 x 8", 4, 28.11, 30.15),
+    ("CogVideoX-1.5", "4 x 8 x 8", 16, 31.73, 33.22),
+    ("Cosmos-VAE", "4 x 8 x 8", 16, 30.07, 32.76),
+    ("HunyuanVideo", "4 x 8 x 8", 16, 33.14, 35.39),
+)
+_MEASURED = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "sharpness": "sharpness", "seam_error": "seams, grey levels"}
+
+
+def _reconstruction(run: Run, name: str) -> str:
+    """Held-out clips through the VAE, by bucket, at the first and the last measurement; and what others have published."""
+    measured: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for line in run.metrics[name]:
+        for key, value in line.items():
+            _, metric, bucket = f"{key.removesuffix('_db')}//".split("/", 2)
+            if key.startswith("held_out/") and isinstance(value, int | float):
+                measured[bucket.removesuffix("//")][metric].append(value)
+    if (run.configs.get(name) or {}).get("task") != "vae" or not measured:
+        return ""
+
+    def cell(values: Sequence[float]) -> str:
+        if not values:
+            return f"<td>{UNKNOWN}</td>"
+        before = f" <small>from {number(values[0])}</small>" if len(values) > 1 else ""
+        return f"<td><b>{number(values[-1])}</b>{before}</td>"
+
+    shown = [metric for metric in _MEASURED if any(metric in row for row in measured.values())]
+    head = "".join(f"<th>{_MEASURED[metric]}</th>" for metric in shown)
+    rows = "".join(
+        f"<tr><th>{text(bucket)}</th>{''.join(cell(row.get(metric, [])) for metric in shown)}</tr>" for bucket, row in measured.items()
+    )
+    ours = f'<table class="figures"><thead><tr><th>held-out clips</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    published = "".join(
+        f"<tr><th>{vae}</th><td>{factors}</td><td>{channels}</td><td>{image}</td><td>{UNKNOWN if video is None else video}</td></tr>"
+        for vae, factors, channels, image, video in PUBLISHED_VAES
+    )
+    theirs = (
+        '<table class="figures"><thead><tr><th>published</th><th>compression</th><th>channels</th><th>ImageNet 256, PSNR dB</th>'
+        f"<th>MCL-JCV 33 x 360 x 640, PSNR dB</th></tr></thead><tbody>{published}</tbody></table>"
+    )
+    said = "<p>Of other clips than ours, so no PSNR of one table can be set against one of the other; the paper's table 1.</p>"
+    return f"<h3>Reconstruction</h3>{ours}{said}{theirs}"
 
 
 def _left_out(run: Run, name: str) -> list[str]:
@@ -485,7 +408,7 @@ def _left_out(run: Run, name: str) -> list[str]:
 def _bars(rows: Iterable[tuple[str, float, float, str, str]]) -> str:
     """Rows of a bar chart: label, value, the value of a full bar, words behind it, class."""
     parts = [
-        f'<div class="bar"><span>{_text(label)}</span>{_meter(value / full if full else 0, css)}<span>{_text(words)}</span></div>'
+        f'<div class="bar"><span>{text(label)}</span>{_meter(value / full if full else 0, css)}<span>{text(words)}</span></div>'
         for label, value, full, words, css in rows
     ]
     return f'<div class="bars">{"".join(parts)}</div>'
@@ -505,7 +428,7 @@ def _curation(run: Run) -> str:
     rows += [("shots found", shots, shots, ""), ("shots past all gates", counts.get("passed_gates", 0), shots, "")]
     rows += [(f"dropped: {reason}", count, shots, "drop") for reason, count in counts.get("dropped_for", {}).items()]
     rows += [("clips kept", counts.get("kept", 0), shots, "good")]
-    bars = _bars((label, value, full, _number(value), css) for label, value, full, css in rows)
+    bars = _bars((label, value, full, number(value), css) for label, value, full, css in rows)
     link = '<p>Pictures of what was kept and dropped are in <a href="clips/report.html">clips/report.html</a>, beside this page.</p>'
     return _section("curation", "Curation", lead, bars + link)
 
@@ -527,10 +450,10 @@ def _timings(run: Run) -> str:
 def _setup(run: Run) -> str:
     parts = []
     for name, config in run.configs.items():
-        parts.append(f"<details><summary>{name}/config.json</summary><pre>{_text(json.dumps(config, indent=2))}</pre></details>")
+        parts.append(f"<details><summary>{name}/config.json</summary><pre>{text(json.dumps(config, indent=2))}</pre></details>")
     versions = {**{k: v for k, v in run.environment.items() if k != "packages"}, **run.environment.get("packages", {})}
     rows = "".join(
-        f"<tr><th>{_text(k)}</th><td>{_text(', '.join(map(str, v)) if isinstance(v, list) else v)}</td></tr>" for k, v in versions.items()
+        f"<tr><th>{text(k)}</th><td>{text(', '.join(map(str, v)) if isinstance(v, list) else v)}</td></tr>" for k, v in versions.items()
     )
     parts.append(f'<table class="versions"><tbody>{rows}</tbody></table>' if rows else _nothing(run, "t2v/environment.json"))
     return _section("setup", "Configuration and versions", "What it takes to do this again.", "".join(parts))
@@ -562,7 +485,8 @@ details { padding: .7rem 1rem; margin-top: .75rem; }
 summary { cursor: pointer; }
 .lead, header p { color: var(--dim); margin: .15rem 0 1rem; max-width: 48rem; }
 .missing { color: var(--dim); font-style: italic; }
-.tile, .chart, .card, details, .bars, .accuracy, .versions { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.tile, .chart, .card, details, .bars, .accuracy, .figures, .versions {
+  background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.2rem, 1fr)); gap: .75rem; margin: 1.25rem 0 1.5rem; }
 .tile { padding: .8rem 1rem; }
@@ -627,6 +551,9 @@ circle { fill: var(--colour); }
 .bar { display: grid; grid-template-columns: 12rem 1fr 9.5rem; gap: .8rem; align-items: center; padding: .18rem 0; font-size: .92rem; }
 .bar .meter { height: .7rem; }
 .bar span:last-child { font-variant-numeric: tabular-nums; color: var(--dim); }
+.figures { padding: .6rem 1rem; border-collapse: separate; border-spacing: 1rem .2rem; font-size: .9rem; display: block; overflow-x: auto; }
+.figures th { text-align: left; font-weight: 400; color: var(--dim); }
+.figures td { font-variant-numeric: tabular-nums; }
 .versions { padding: .6rem 1rem; margin-top: .75rem; border-collapse: separate; width: 100%; font-size: .88rem; }
 .versions th { width: 11rem; font-weight: 400; color: var(--dim); }
 .versions td { overflow-wrap: anywhere; }
@@ -705,9 +632,9 @@ def make_page(run: Run) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f"<title>hunyuan_jax: {_text(run.folder.name)}</title><style>{_STYLE}</style></head>"
+        f"<title>hunyuan_jax: {text(run.folder.name)}</title><style>{_STYLE}</style></head>"
         "<body><header><h1>From raw video to generated video</h1>"
-        f"<p>hunyuan_jax, run <b>{_text(run.folder.name)}</b>: {_text(_story(run))}</p></header>"
+        f"<p>hunyuan_jax, run <b>{text(run.folder.name)}</b>: {text(_story(run))}</p></header>"
         f"{_tiles(summary)}<nav>{''.join(f'<a href=#{anchor}>{title}</a>' for anchor, title in titles.items())}</nav>"
         f"<main>{''.join(sections)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
@@ -717,9 +644,9 @@ def _story(run: Run) -> str:
     """The run in one sentence, as far as it went."""
     parts = []
     if run.curation.get("kept"):
-        parts.append(f"{_number(run.curation.get('files', {}).get('found', 0))} raw files became {_number(run.curation['kept'])} clips")
+        parts.append(f"{number(run.curation.get('files', {}).get('found', 0))} raw files became {number(run.curation['kept'])} clips")
     if run.metrics["t2v"]:
-        parts.append(f"a transformer learned from their latents for {_number(run.metrics['t2v'][-1]['step'])} steps")
+        parts.append(f"a transformer learned from their latents for {number(run.metrics['t2v'][-1]['step'])} steps")
     if run.clips:
         unseen = sum(not clip.get("seen", True) for clip in run.clips)
         parts.append(f"it made {len(run.clips)} videos from prompts, {unseen} of them with words never seen together in training")

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from hunyuan_jax import report
+from hunyuan_jax import charts, report
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.video_io import encode_mp4
 
@@ -47,6 +47,9 @@ def run(tmp_path):
         write(folder / name / "config.json", {"task": name, "note": HOSTILE})
         write(folder / name / "environment.json", {"python": "3.11.9", "devices": [HOSTILE], "packages": {"jax": "0.10.2"}})
         lines = [{"step": s, "seconds": 1.0 * s, "loss": 2.0 / s, f"loss/{HOSTILE}": 1.0, "odd": None, "kl": 0.5} for s in range(1, 100)]
+        psnr, seams = f"held_out/psnr/{HOSTILE}_db", f"held_out/seam_error/{HOSTILE}"
+        lines[0] |= {psnr: 20.0, seams: 9.5}
+        lines[-1] |= {psnr: 28.5, seams: 2.25, "held_out/": 1.0, "held_out/ssim/x": None}
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 100, "lo')
         (folder / name / "previews").mkdir()
         (folder / name / "previews" / "step_00000400.mp4").write_bytes(encode_mp4(frames, fps=8))
@@ -126,6 +129,15 @@ def test_seen_and_unseen_stand_apart_and_mistakes_are_marked(run):
     assert [("unseen" in card.split(), "mistake" in card.split()) for card in cards] == [(True, False), (False, False), (False, True)]
 
 
+def test_reconstructions_before_and_after_stand_beside_published_ones(run):
+    text = page_of(run) and (run / "report.html").read_text()
+    assert text.count("<h3>Reconstruction</h3>") == 1  # of the VAE, not of the DiT
+    row = re.search(r"<thead><tr><th>held-out clips</th>(.*?)</tr></thead><tbody><tr><th>(.*?)</th>(.*?)</tr>", text)
+    assert row[1] == "<th>PSNR, dB</th><th>seams, grey levels</th>"
+    assert row[3] == "<td><b>28.5</b> <small>from 20</small></td><td><b>2.25</b> <small>from 9.5</small></td>"
+    assert "<tr><th>HunyuanVideo</th><td>4 x 8 x 8</td><td>16</td><td>33.14</td><td>35.39</td></tr>" in text
+
+
 def test_an_empty_run_says_what_is_missing(tmp_path):
     page = page_of(tmp_path)
     for name in ("videos/index.json", "evaluation.json", "t2v/metrics.jsonl", "vae/metrics.jsonl", "clips/report.json", "timings.json"):
@@ -166,16 +178,16 @@ def test_what_does_not_fit_into_the_page_stays_beside_it(run, monkeypatch):
 
 def test_the_mean_of_a_straight_line_is_that_line_and_of_noise_is_calmer():
     straight = [(float(n), 3.0 * n) for n in range(400)]
-    assert report._smoothed(straight)[50:-50] == pytest.approx(np.array(straight)[50:-50])
+    assert charts.smoothed(straight)[50:-50] == pytest.approx(np.array(straight)[50:-50])
     noise = np.random.default_rng(0).normal(size=400)
-    assert np.std([y for _, y in report._smoothed(list(enumerate(noise)))]) < 0.4 * noise.std()
+    assert np.std([y for _, y in charts.smoothed(list(enumerate(noise)))]) < 0.4 * noise.std()
 
 
 @pytest.mark.parametrize(
     ("low", "high", "log"), [(0.0, 1.0, False), (3.0, 3.7, False), (-5.0, 5.0, False), (1e-4, 50.0, True), (2.0, 90.0, True)]
 )
 def test_axes_have_a_few_round_ticks_inside_their_range(low, high, log):
-    scale = report._Scale(low, high, 0.0, 100.0, log)
+    scale = charts.Scale(low, high, 0.0, 100.0, log)
     ticks = scale.ticks()
     assert 3 <= len(ticks) <= 8
     assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
@@ -185,6 +197,6 @@ def test_axes_have_a_few_round_ticks_inside_their_range(low, high, log):
 
 @pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [1e-9, 1e9], [-1.0, -1.0, -1.0], [2.0] * 50])
 def test_a_chart_of_any_finite_values_can_be_drawn(values):
-    drawing = report.chart("x", "", [report.Series("last", list(enumerate(values)))])
+    drawing = charts.chart("x", "", [charts.Series("last", list(enumerate(values)))])
     assert "nan" not in drawing
     assert "inf" not in drawing
