@@ -109,6 +109,15 @@ def read_model(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{workdir / 'model.json'} cannot be read: {error}.") from error
 
 
+def newest_step(workdir: Path) -> int | None:
+    """The step of the newest finished checkpoint, None where there is none."""
+    folder = (workdir / "checkpoints").absolute()
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder) as manager:
+        return manager.latest_step()
+
+
 def load_params(workdir: Path, abstract: Params, *, weights: Kept = "ema") -> tuple[Params, int]:
     """Parameters of the newest checkpoint, and its step, in the shapes and shardings of `abstract`."""
     folder, step = _newest(workdir, weights)
@@ -141,11 +150,7 @@ def param_reader(workdir: Path, *, weights: Kept = "ema") -> tuple[Callable[[str
 
 def _newest(workdir: Path, weights: Kept) -> tuple[Path, int]:
     """Where the newest checkpoint has its averaged or its raw parameters, and its step."""
-    folder = (workdir / "checkpoints").absolute()
-    if not folder.is_dir():
-        raise UserError(f"{workdir} has no checkpoint yet: {folder} is missing. Train first.")
-    with ocp.CheckpointManager(folder) as manager:
-        step = manager.latest_step()
+    folder, step = (workdir / "checkpoints").absolute(), newest_step(workdir)
     if step is None:
         raise UserError(f"{workdir} has no finished checkpoint yet. Train first; a run saves every train.checkpoint_every steps.")
     return folder / str(step) / {"ema": "ema", "raw": "params"}[weights], step

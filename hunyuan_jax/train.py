@@ -1,11 +1,12 @@
 """Trains any task: `python -m hunyuan_jax.train --config=configs/quickstart.py:vae --workdir DIR`.
 
-The recipe in time order: configuration, mesh, data, task, state, restore, loop. Run again with the same arguments it continues
+The recipe in time order: setup (configuration, mesh, data, task), state or checkpoint, loop. Run again with the same arguments it continues
 from the newest checkpoint, with the same samples and the same noise as if it had never stopped; a finished run says so.
 """
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
 from hunyuan_jax import convert, metrics
-from hunyuan_jax.checkpoint import Checkpoints, write_model
+from hunyuan_jax.checkpoint import Checkpoints, newest_step, write_model
 from hunyuan_jax.data import loader
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
-from hunyuan_jax.data.dataset import open_dataset, write_json
+from hunyuan_jax.data.dataset import Dataset, open_dataset, write_json
+from hunyuan_jax.data.schedule import Schedule
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
@@ -58,22 +60,40 @@ class LoopConfig:
 SECTIONS = ("task", "seed", "start", "data", "optimizer", "ema", "mesh", "train")
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a configuration describes, built and checked; nothing is compiled or written yet."""
+
+    loop: LoopConfig
+    optimizer: OptimizerConfig
+    ema: EmaConfig
+    data: loader.DataConfig
+    mesh: jax.sharding.Mesh
+    dataset: Dataset
+    schedule: Schedule
+    task: Task
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Setup":
+        for section in SECTIONS:
+            if section not in config:
+                raise UserError(f"The configuration has no section {section!r}; every training config has {', '.join(SECTIONS)}.")
+        loop = build(LoopConfig, config.train, where="train")
+        optimizer = build(OptimizerConfig, config.optimizer, where="optimizer")
+        ema = build(EmaConfig, config.ema, where="ema")
+        data = build(loader.DataConfig, config.data, where="data")
+        buckets = [build(Bucket, bucket, where=f"data.buckets[{i}]") for i, bucket in enumerate(data.buckets)]
+        mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"))
+        dataset = open_dataset(data.path, kind=data.kind)
+        schedule = loader.training_schedule(data, dataset, buckets=buckets, seed=config.seed)
+        return cls(loop, optimizer, ema, data, mesh, dataset, schedule, make_task(config, dataset))
+
+
 def train(config: ConfigDict, workdir: Path) -> None:
     """Runs the training that `config` describes in `workdir`, from its newest checkpoint if there is one."""
-    for section in SECTIONS:
-        if section not in config:
-            raise UserError(f"The configuration has no section {section!r}; every training config has {', '.join(SECTIONS)}.")
-    loop = build(LoopConfig, config.train, where="train")
-    optimizer_config = build(OptimizerConfig, config.optimizer, where="optimizer")
-    ema_config = build(EmaConfig, config.ema, where="ema")
-    data_config = build(loader.DataConfig, config.data, where="data")
-    buckets = [build(Bucket, bucket, where=f"data.buckets[{i}]") for i, bucket in enumerate(data_config.buckets)]
-
-    mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"))
-    dataset = open_dataset(data_config.path, kind=data_config.kind)
-    schedule = loader.training_schedule(data_config, dataset, buckets=buckets, seed=config.seed)
-    task = make_task(config, dataset)
-    if config.start:
+    setup = Setup.from_config(config)
+    loop, task, mesh, schedule = setup.loop, setup.task, setup.mesh, setup.schedule
+    if config.start and newest_step(workdir) is None:
         check_start(task, config.start)
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -82,10 +102,10 @@ def train(config: ConfigDict, workdir: Path) -> None:
     write_json(workdir / "config.json", config.to_dict())
     write_json(workdir / "environment.json", metrics.environment())
 
-    optimizer = make_optimizer(optimizer_config)
+    optimizer = make_optimizer(setup.optimizer)
     key = jax.random.key(config.seed)
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, keep=loop.keep)) as checkpoints:
-        batches = loader.Loader(data_config, schedule, dataset, sharding=batch_sharding(mesh), steps=loop.steps)
+        batches = loader.Loader(setup.data, schedule, setup.dataset, sharding=batch_sharding(mesh), steps=loop.steps)
         if checkpoints.latest() is None:
             state = make_state(task, optimizer, key=key, mesh=mesh, start=config.start)
         else:
@@ -100,14 +120,16 @@ def train(config: ConfigDict, workdir: Path) -> None:
             logging.info("Parameters:\n%s", overview)
             (workdir / "parameters.txt").write_text(overview + "\n")
 
-        step_fn = jax.jit(make_step(task, optimizer, ema=ema_config, key=key), donate_argnums=0)
-        held_out = HeldOut(task, data_config, dataset, [b for b in buckets if b.share > 0], loop=loop, key=key, workdir=workdir)
+        step_fn = jax.jit(make_step(task, optimizer, ema=setup.ema, key=key), donate_argnums=0)
+        held_out = HeldOut(setup, key=key, workdir=workdir)
         writer = metrics.MetricWriter(workdir, start_step=start)
         writer.write_texts(start, {"config": f"```\n{config}\n```"})
         bar = metrics.progress(loop.steps, start)
-        learning_rate = make_schedule(optimizer_config)
+        learning_rate = make_schedule(setup.optimizer)
         throughput = metrics.Throughput()
-        log = MetricLog([b.name for b in buckets])
+        log = MetricLog([b.name for b in schedule.buckets])
+        if start == 0 and config.start and loop.measure_every:
+            writer.write_scalars(0, held_out.measure(state))  # what the weights that were given are worth
 
         for number in range(start, loop.steps):
             batch = next(batches)
@@ -222,28 +244,19 @@ class MetricLog:
 class HeldOut:
     """What is asked of the averaged weights while they train: metrics of held-out clips, and previews."""
 
-    def __init__(
-        self,
-        task: Task,
-        config: loader.DataConfig,
-        dataset: Any,
-        buckets: Sequence[Bucket],
-        *,
-        loop: LoopConfig,
-        key: jax.Array,
-        workdir: Path,
-    ):
+    def __init__(self, setup: Setup, *, key: jax.Array, workdir: Path):
+        loop, task = setup.loop, setup.task
         self._task, self._key, self._loop, self._folder = task, jax.random.fold_in(key, 0xE7A1), loop, workdir / "previews"
         self._measure = jax.jit(lambda params, batch: task.measure(params, batch, key=self._key))
         self._batches: dict[str, list[VideoBatch]] = {}
+        buckets = [bucket for bucket in setup.schedule.buckets if bucket.share > 0]
+        select = functools.partial(loader.held_out_batches, setup.data, setup.dataset)
         if loop.measure_every:
-            self._batches = {b.name: loader.held_out_batches(config, dataset, b, limit=loop.measure_samples) for b in buckets}
+            self._batches = {bucket.name: select(bucket, limit=loop.measure_samples) for bucket in buckets}
         self._shown: VideoBatch | None = None
         if loop.preview_every:
             longest = max(buckets, key=lambda b: (b.frames, b.height * b.width))
-            shown = loader.held_out_batches(
-                config, dataset, dataclasses.replace(longest, batch=loop.preview_samples), limit=loop.preview_samples
-            )
+            shown = select(dataclasses.replace(longest, batch=loop.preview_samples), limit=loop.preview_samples)
             if not shown:
                 raise UserError("No held-out clip is left for previews; raise data.held_out, add clips, or set train.preview_every to 0.")
             self._shown = shown[0]
