@@ -3,11 +3,13 @@
     python -m hunyuan_jax.train --config=configs/vae.py:PART --workdir DIR --config.data.path=CLIPS \
         --config.loss.lpips_files=vgg16.safetensors,lpips_vgg.safetensors
 
-PART climbs short_128, short_256, long_256, long_512, tiling, each from the one before (--config.start=its export); the last keeps
-the shapes of long_512 and is the phase in which tiling is switched on and off. The model is the released one of 246,478,803
-parameters, trained from nothing and from no image VAE. Frames are taken at a random interval of 1 to 8.
+PART climbs short_128, short_256, long_256, long_512, tiling, each from the one before (--config.start=its export). The last keeps
+the shapes of long_512, and half of its steps, drawn at random, encode and decode in the released tiles. The model is the released one
+of 246,478,803 parameters, trained from nothing and from no image VAE. Frames are taken at a random interval of 1 to 8.
 
-shapes walks the whole recipe at small widths on the shapes world, the adversary included: minutes on 2 CPU cores.
+Two parts are for the shapes world and minutes on 2 CPU cores; both go on from the small VAE in configs/shapes_vae, which was trained
+with L1 + KL. shapes brings in the adversary, shapes_tiling the tiles. The same steps without the adversary, to compare with, are
+those of a critic that never starts: --config.critic.start_step=1000000000.
 """
 
 from typing import Any
@@ -48,15 +50,37 @@ STAGES: dict[str, Any] = {
         "learning_rate": 1e-5,
         "critic_start": 2_000,
         "buckets": ((1, 512, 512, 128, 1.0), (65, 512, 512, 32, 4.0)),
+        "tiled": True,
     },
 }
 
 SHAPES: dict[str, Any] = {
-    "steps": 400,
-    "learning_rate": 6e-4,
-    "critic_start": 200,
-    "buckets": ((1, 32, 32, 8, 1.0), (9, 32, 32, 4, 4.0)),
+    "shapes": {
+        "steps": 2000,
+        "learning_rate": 3e-4,
+        "critic_start": 100,
+        "buckets": ((1, 64, 64, 8, 1.0), (9, 64, 64, 1, 4.0)),
+    },
+    "shapes_tiling": {
+        "steps": 1000,
+        "learning_rate": 3e-4,
+        "critic_start": 100,
+        "buckets": ((1, 64, 64, 8, 1.0), (9, 64, 64, 1, 4.0)),
+        "tiled": True,
+    },
 }
+SHAPES_TILING = {"tile": (8, 32, 32), "overlap": (4, 8, 8)}
+
+
+def _buckets(stage: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The buckets of a stage; where it is tiled, each of them twice at half its share, in whole and in tiles."""
+    plain = tuple(
+        {"frames": t, "height": h, "width": w, "intervals": INTERVALS, "batch": batch, "share": share}
+        for t, h, w, batch, share in stage["buckets"]
+    )
+    if not stage.get("tiled"):
+        return plain
+    return tuple({**bucket, "share": bucket["share"] / 2, "tiled": tiled} for bucket in plain for tiled in (False, True))
 
 
 def _config(stage: dict[str, Any]) -> ConfigDict:
@@ -86,11 +110,9 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "kind": "Clip",
                 "held_out": 0.01,
                 "threads": 16,
-                "buckets": tuple(
-                    {"frames": t, "height": h, "width": w, "intervals": INTERVALS, "batch": batch, "share": share}
-                    for t, h, w, batch, share in stage["buckets"]
-                ),
+                "buckets": _buckets(stage),
             },
+            "tiling": {"tile": (64, 256, 256), "overlap": (16, 64, 64)},  # of tiled buckets: the released tiles
             "optimizer": {"learning_rate": stage["learning_rate"], "warmup_steps": 1000, "b2": 0.99},
             "ema": {"decay": 0.9999},
             "mesh": {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
@@ -106,26 +128,29 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
     )
 
 
-def _shapes() -> ConfigDict:
-    """The same sections with the widths, the crops and the rates of the small VAE in configs/shapes_vae."""
-    config = _config(SHAPES)
+def _shapes(part: str) -> ConfigDict:
+    """The same sections with the widths and the rates of the small VAE in configs/shapes_vae."""
+    stage = SHAPES[part]
+    config = _config(stage)
+    config.start = "configs/shapes_vae"
     config.model.update({"block_out_channels": (8, 16, 48, 48), "layers_per_block": 1, "norm_num_groups": 4})
     config.model.update({"convolution": "planes", "dtype": "float32"})
     config.critic.model.update({"widths": (8, 16, 32), "convolution": "planes", "dtype": "float32"})
-    config.critic.update({"lead_steps": 50})
+    config.critic.update({"lead_steps": 100})
     config.critic.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20})
     config.data.update({"held_out": 0.05, "threads": 2})
     for bucket in config.data.buckets:
-        bucket["resize"] = (64, 64)
-    config.optimizer.update({"warmup_steps": 50})
-    config.ema.decay = 0.99
+        bucket["intervals"] = (1, 2)
+    config.tiling = ConfigDict(SHAPES_TILING)
+    config.optimizer.update({"warmup_steps": 50, "decay_steps": stage["steps"], "final_fraction": 0.02})
+    config.ema.decay = 0.998
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
-    config.train.update({"log_every": 10, "checkpoint_every": 200, "measure_every": 200, "measure_samples": 16, "preview_every": 200})
+    config.train.update({"checkpoint_every": 250, "measure_every": 250, "measure_samples": 32, "preview_every": 500})
     return config
 
 
 def get_config(part: str = "short_128") -> ConfigDict:
     """The config of one part."""
-    if part not in (*STAGES, "shapes"):
-        raise ValueError(f"configs/vae.py has the parts {', '.join(STAGES)} and shapes, not {part!r}.")
-    return _shapes() if part == "shapes" else _config(STAGES[part])
+    if part not in (*STAGES, *SHAPES):
+        raise ValueError(f"configs/vae.py has the parts {', '.join((*STAGES, *SHAPES))}, not {part!r}.")
+    return _shapes(part) if part in SHAPES else _config(STAGES[part])

@@ -4,10 +4,7 @@ Where the subject is how tiles are cut and joined, the VAE is replaced by a code
 colours: there tiled and untiled must agree wherever the clip's colours are all alike within what a latent covers.
 """
 
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +13,21 @@ import pytest
 
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models import vae_tiling
-from hunyuan_jax.models.vae import VAE, VAEConfig, abstract_params
-from hunyuan_jax.models.vae_tiling import Tiling, decode_pieces, decode_tiled, encode_pieces, encode_tiled, padded_size
+from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig, abstract_params
+from hunyuan_jax.models.vae_tiling import (
+    Tiling,
+    decode_pieces,
+    decode_tiled,
+    encode_pieces,
+    encode_tiled,
+    frames_in_tiles,
+    moments_in_tiles,
+    padded_size,
+)
+from tests.commands import run_program
 
 SMALL = VAEConfig(latent_channels=4, block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=4)
 TILING = Tiling(tile=(16, 32, 32), overlap=(4, 8, 8))
-ROOT = Path(__file__).parents[1]
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -83,8 +89,51 @@ def test_tiles_of_what_has_no_neighbourhood_join_without_a_trace(colours, size, 
 
 def test_a_tile_fades_in_from_all_of_the_last_one_to_nearly_all_of_its_own():
     before, here = np.zeros((1, 6, 1), np.float32), np.ones((1, 5, 1), np.float32)
-    vae_tiling._blend(before, here, 4, axis=1)
-    np.testing.assert_allclose(here[0, :, 0], [0, 0.25, 0.5, 0.75, 1])
+    for blended in (vae_tiling._blend(before, here, 4, axis=1), vae_tiling._blend(jnp.asarray(before), jnp.asarray(here), 4, axis=1)):
+        np.testing.assert_allclose(blended[0, :, 0], [0, 0.25, 0.5, 0.75, 1])
+
+
+# As little as still takes an average over neighbours and over time, and compiles in a moment.
+PLAIN = VAEConfig(
+    latent_channels=2, block_out_channels=(2,), layers_per_block=1, norm_num_groups=1, spatial_compression=1, temporal_compression=1
+)
+CUT = Tiling(tile=(4, 4, 4), overlap=(2, 2, 0))
+
+
+@pytest.fixture(scope="module")
+def plain_params():
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape, np.float32)), abstract_params(PLAIN))
+
+
+def through_tiles(params, frames):
+    """The frames of the posterior's mean, within one program."""
+    moments = moments_in_tiles(PLAIN, params, frames, CUT)
+    return frames_in_tiles(PLAIN, params, Posterior.from_moments(moments).mean, CUT)
+
+
+def test_within_a_program_tiles_give_what_they_give_from_the_host(plain_params):
+    frames = random(2, 5, 6, 6, 3)  # parts of tiles are left over at each end
+    posterior = encode_tiled(PLAIN, plain_params, frames, CUT)
+    expected = decode_tiled(PLAIN, plain_params, np.asarray(posterior.mean), CUT)
+    np.testing.assert_allclose(jax.jit(through_tiles)(plain_params, frames), expected, atol=1e-5)
+
+
+def test_gradients_pass_through_tiles(plain_params):
+    """Against differences of the host's tiles, along a direction in which parameters and frames move together."""
+    frames, weights = random(1, 5, 6, 4, 3), random(1, 5, 6, 4, 3, seed=1)
+    rng = np.random.default_rng(4)
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), (plain_params, jnp.asarray(frames)))
+
+    def moved(by: float) -> float:
+        params, x = jax.tree.map(lambda a, d: a + by * d, (plain_params, jnp.asarray(frames)), direction)
+        posterior = encode_tiled(PLAIN, params, np.asarray(x), CUT)
+        return float(np.sum(weights * decode_tiled(PLAIN, params, np.asarray(posterior.mean), CUT), dtype=np.float64))
+
+    grads = jax.jit(jax.grad(lambda both: jnp.sum(weights * through_tiles(*both))))((plain_params, jnp.asarray(frames)))
+    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
+    step = 1e-3
+    assert slope == pytest.approx((moved(step) - moved(-step)) / (2 * step), rel=1e-2)
 
 
 def test_tiles_are_of_few_shapes_however_long_the_video_and_none_is_of_one_frame_that_is_dropped(colours):
@@ -247,19 +296,5 @@ print("equal")
 """
 
 
-def run_alone(program: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={"JAX_PLATFORMS": "cpu", "PATH": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
-
-
 def test_tiles_spread_over_8_devices_give_the_same():
-    assert run_alone(EIGHT_DEVICES) == "equal"
+    assert run_program(EIGHT_DEVICES) == "equal"

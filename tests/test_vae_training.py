@@ -32,6 +32,7 @@ from hunyuan_jax.metrics import read_metrics
 from hunyuan_jax.models import critics
 from hunyuan_jax.models.critics import DiscriminatorConfig
 from hunyuan_jax.models.vae import VAE, VAEConfig, abstract_params
+from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig
 from hunyuan_jax.parallel.sharding import path_of
@@ -39,7 +40,7 @@ from hunyuan_jax.settings import build
 from hunyuan_jax.tasks import VAETask
 from hunyuan_jax.tasks.critic import CriticConfig
 from hunyuan_jax.tasks.task import normal_like, sample_keys
-from hunyuan_jax.tasks.vae import VAELossConfig, psnr_db, ssim
+from hunyuan_jax.tasks.vae import VAELossConfig, psnr_db, sharpness, ssim
 from hunyuan_jax.train import LoopConfig, state_shardings, train
 from hunyuan_jax.train_step import EmaConfig, average, init_critic_state, init_state, make_step
 from hunyuan_jax.video_io import encode_mp4
@@ -64,7 +65,7 @@ class Linear(VAETask):
         latents = batch.frames @ params["encoder"] + 0.1 * normal_like(sample_keys(key, batch), batch.frames)
         return latents @ params["decoder"]["conv_out"]["kernel"], jnp.mean(jnp.square(latents))
 
-    def reconstruct(self, params, frames):
+    def reconstruct(self, params, frames, *, tiled=False):
         return frames @ params["encoder"] @ params["decoder"]["conv_out"]["kernel"]
 
 
@@ -218,7 +219,7 @@ def test_lpips_enters_the_loss_with_its_weight_and_is_measured(params, batch, mo
     assert said["lpips"] == pytest.approx(float(jnp.mean(critics.lpips_of_clips(weights, frames, batch.frames))), rel=1e-4)
     assert loss == pytest.approx(float(said["l1"] + 0.7 * said["lpips"] + 1e-6 * said["kl"]), rel=1e-5)
     measured = jax.jit(lambda p: task.measure(p, batch, key=KEY))(params)
-    assert {name: value.shape for name, value in measured.items()} == {"psnr_db": (2,), "ssim": (2,), "lpips": (2,)}
+    assert {name: value.shape for name, value in measured.items()} == dict.fromkeys(("psnr_db", "ssim", "sharpness", "lpips"), (2,))
 
 
 def test_ssim_is_that_of_the_usual_formula():
@@ -256,20 +257,71 @@ def test_a_critic_that_cannot_be_is_refused(wrong):
         CriticConfig.from_section(ConfigDict({"optimizer": {"learning_rate": 1e-3}} | wrong))
 
 
-@pytest.mark.parametrize("part", [*recipe.STAGES, "shapes"])
+def test_sharpness_is_one_for_equals_lower_for_blurred_and_higher_for_noisy_copies():
+    rng = np.random.default_rng(0)
+    clips = np.clip(gaussian_filter(rng.uniform(-9, 9, (2, 3, 20, 24, 3)), (0, 0, 1, 1, 0)), -1, 1)
+    noisy = np.clip(clips + 0.5 * rng.standard_normal(clips.shape), -1, 1)
+    np.testing.assert_allclose(sharpness(jnp.asarray(clips), jnp.asarray(clips)), 1.0, rtol=1e-6)
+    assert np.all(sharpness(jnp.asarray(gaussian_filter(clips, (0, 0, 1, 1, 0))), jnp.asarray(clips)) < 0.7)
+    assert np.all(sharpness(jnp.asarray(noisy), jnp.asarray(clips)) > 1.3)
+    ramp = np.broadcast_to(np.linspace(-1, 1, 24)[:, None], clips.shape)  # has no detail, and no more of it where it is steep
+    bent = ramp + 0.1 * np.eye(24)[12][:, None]
+    inner = np.array([0.1, -0.2, 0.1])  # what the Laplacian makes of a line that is 0.1 brighter
+    expected = np.sum(inner**2) / np.sum((2 * inner) ** 2)
+    np.testing.assert_allclose(sharpness(jnp.asarray(bent), jnp.asarray(2 * bent - ramp)), expected, rtol=1e-3)
+
+
+def test_a_tiled_batch_goes_through_tiles_and_its_seams_are_measured(batch):
+    """Seams are what tiles of a clip differ by from the whole, in grey levels; one tile that holds the whole clip has none."""
+    params = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(KEY, leaf.shape), abstract_params(MODEL))
+    tiled = batch.replace(tiled=True)
+    clip_in_one = dataclasses.replace(VAE_TASK, tiling=Tiling(tile=(3, 16, 16), overlap=(1, 1, 1)))
+    cut = dataclasses.replace(VAE_TASK, tiling=Tiling(tile=(3, 16, 8), overlap=(0, 0, 0)))
+
+    def run(task, batch):
+        calls = jax.jit(lambda p: (task.measure(p, batch, key=KEY), task.draw(p, batch, KEY)[0]), compiler_options=FAST)
+        return calls(params)
+
+    (whole, drawn), (of_one, drawn_in_one), (of_tiles, drawn_in_tiles) = run(VAE_TASK, batch), run(clip_in_one, tiled), run(cut, tiled)
+    np.testing.assert_allclose(drawn_in_one, drawn, atol=1e-4)
+    assert np.abs(drawn_in_tiles - drawn).mean() > 1e-2
+    assert "seam_error" not in whole
+    np.testing.assert_allclose(of_one["seam_error"], 0, atol=1e-2)
+    halves = np.split(np.asarray(batch.frames), 2, axis=3)
+    code = jax.jit(lambda x: VAE_TASK.reconstruct(params, x), compiler_options=FAST)
+    seams = np.clip(np.concatenate([code(half) for half in halves], axis=3), -1, 1) - np.clip(code(batch.frames), -1, 1)
+    np.testing.assert_allclose(of_tiles["seam_error"], 127.5 * np.abs(seams).mean(axis=(1, 2, 3, 4)), rtol=1e-3)
+
+
+def test_tiles_that_cannot_be_are_refused_before_anything_is_compiled():
+    config = recipe.get_config("shapes_tiling")
+    config.tiling.tile = (8, 30, 32)
+    with pytest.raises(UserError, match="multiples of"):
+        VAETask.from_config(config, None)
+    config.tiling = None
+    with pytest.raises(UserError, match="no section tiling"):
+        VAETask.from_config(config, None)
+
+
+@pytest.mark.parametrize("part", [*recipe.STAGES, *recipe.SHAPES])
 def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
     config = recipe.get_config(part)
     task = VAETask.from_config(config, None)
     assert (task.loss_config.lpips_weight, task.loss_config.kl_weight, task.critic.weight) == (0.1, 1e-6, 0.05)
     assert task.critic.joins_at < config.train.steps
-    image, video = (build(Bucket, bucket, where="bucket") for bucket in config.data.buckets)
-    assert (image.is_image, image.share, video.share) == (True, 1.0, 4.0)
-    assert video.intervals == tuple(range(1, 9))
-    task.model.latent_shape(*video.shape)
+    buckets = [build(Bucket, bucket, where="bucket") for bucket in config.data.buckets]
+    shares = {image: sum(b.share for b in buckets if b.is_image == image) for image in (True, False)}
+    assert shares == {True: 1.0, False: 4.0}
+    tiled = sum(b.share for b in buckets if b.tiled)
+    assert tiled == (2.5 if part in ("tiling", "shapes_tiling") else 0)
+    assert all(b.intervals == (tuple(range(1, 9)) if part in recipe.STAGES else (1, 2)) for b in buckets)
+    for bucket in buckets:
+        task.model.latent_shape(*bucket.shape)
     for kind, section in ((DataConfig, {**config.data, "path": "x"}), (OptimizerConfig, config.optimizer)):
         build(kind, section, where="section")
     build(LoopConfig, config.train, where="train"), build(MeshConfig, config.mesh, where="mesh"), build(EmaConfig, config.ema, where="ema")
-    if part != "shapes":
+    if part in recipe.STAGES:
+        assert task.tiling == Tiling()
         assert task.model == dataclasses.replace(VAEConfig(), dtype="bfloat16")
 
 
@@ -295,28 +347,24 @@ def write_clips(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Trains from a config of the recipe, made tiny, to a step; what is compiled once is not compiled again."""
+    """Trains from a config of the recipe, made tiny, to a step."""
     folder = tmp_path_factory.mktemp("run")
     write_clips(folder / "clips")
-    settings = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
 
     def train_to(steps: int, workdir: Path, *, start_step: int = 1) -> Path:
-        config = recipe.get_config("shapes")
+        config = recipe.get_config("shapes_tiling")
+        config.start = ""
         config.model = ConfigDict({name: value for name, value in dataclasses.asdict(MODEL).items() if name != "dtype"})
         config.critic.model = ConfigDict(dataclasses.asdict(SMALL))
         config.critic.update({"start_step": start_step, "lead_steps": 1})
         config.data.update({"path": str(folder / "clips"), "held_out": 0.3})
-        config.data.buckets = ({"frames": 3, "height": 16, "width": 16, "intervals": (1, 2), "batch": 2},)
+        bucket = {"frames": 3, "height": 16, "width": 16, "intervals": (1, 2), "batch": 2}
+        config.data.buckets, config.tiling.tile, config.tiling.overlap = (bucket, {**bucket, "tiled": True}), (3, 8, 16), (0, 4, 0)
         config.train.update({"steps": steps, "log_every": 1, "checkpoint_every": 2, "measure_every": 0, "preview_every": 0})
         train(config, workdir)
         return workdir
 
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield train_to
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return train_to
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +386,7 @@ def test_a_resumed_run_with_a_critic_equals_an_uninterrupted_one(run, trained, t
     said = [[{k: v for k, v in row.items() if "second" not in k} for row in read_metrics(w / "metrics.jsonl")] for w in (trained, resumed)]
     assert said[0] == said[1]
     assert said[0][0]["d_loss"] == 0 < said[0][3]["d_loss"]
+    assert {name for row in said[0] for name in row if "/" in name} == {"loss/3x16x16", "loss/3x16x16-tiled"}
 
 
 def test_a_run_with_a_critic_is_exported_and_encodes_as_any_vae(trained, tmp_path):

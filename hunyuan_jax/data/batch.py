@@ -10,7 +10,7 @@ class VideoBatch:
 
     `sample_id` names a draw of a sample, the same on any number of hosts: random numbers are folded from it, so a resumed
     run, or one on another mesh, sees the same noise. `txt_mask` is True for valid tokens, which come first. What a task does
-    not read is None.
+    not read is None. `tiled` is the bucket's, and known when a step is compiled.
     """
 
     sample_id: UInt32[Array, "B"]
@@ -20,3 +20,4 @@ class VideoBatch:
     txt: Float[Array, "B L D"] = None  # type: ignore[assignment]
     txt_mask: Bool[Array, "B L"] = None  # type: ignore[assignment]
     pooled: Float[Array, "B P"] = None  # type: ignore[assignment]
+    tiled: bool = flax.struct.field(pytree_node=False, default=False)

@@ -19,6 +19,7 @@ class Bucket:
 
     `intervals` are the distances, in source frames, that a clip's frames may be taken at; one is drawn for each sample.
     `resize` is the (height, width) a clip is fitted to first when the bucket is a random crop of it; () fits to the bucket.
+    Clips of a `tiled` bucket go through the VAE in tiles; beside one of the same shape that is not, it switches tiling on and off.
     """
 
     frames: int
@@ -28,6 +29,7 @@ class Bucket:
     share: float = 1.0
     intervals: tuple[int, ...] = (1,)
     resize: tuple[int, ...] = ()
+    tiled: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "intervals", tuple(self.intervals))
@@ -39,8 +41,8 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """Such as `9x64x64`: frames, height, width."""
-        return f"{self.frames}x{self.height}x{self.width}"
+        """Such as `9x64x64`, frames, height, width; `9x64x64-tiled` in tiles."""
+        return f"{self.frames}x{self.height}x{self.width}" + "-tiled" * self.tiled
 
     @property
     def shape(self) -> tuple[int, int, int]:

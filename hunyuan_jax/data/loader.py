@@ -76,7 +76,7 @@ def make_batch(
     if clips:
         fitted = [transforms.fit_to_bucket(read_video(clip.video).frames, bucket, rng=rng) for clip, rng in zip(clips, rngs, strict=True)]
         frames: Any = np.stack(fitted)
-        return VideoBatch(sample_id=ids, frames=frames)
+        return VideoBatch(sample_id=ids, frames=frames, tiled=bucket.tiled)
     texts = [item.texts[0 if rng is None else int(rng.integers(len(item.texts)))] for item, rng in zip(latents, rngs, strict=True)]
     txt, txt_mask, pooled = transforms.pad_texts(texts, length=text_length)
     mean: Any

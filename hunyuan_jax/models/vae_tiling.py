@@ -10,7 +10,8 @@ another function than the VAE, since group norm takes its statistics per tile; t
 
 Tiles of equal shape share one compiled program and run one after another, a tile of one clip per device at a time. Pieces of the
 result are given as they come, in host memory: `encode_pieces` and `decode_pieces` hold one temporal tile, however long the
-video. Constants from the released configuration; paper section 4.1.2 ("Inference").
+video. `moments_in_tiles` and `frames_in_tiles` are the same functions within a compiled program, for training: a clip of at most
+a few tiles, followed by gradients. Constants from the released configuration; paper section 4.1.2 ("Inference").
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig, abstract_params
 
 Method = Literal["moments", "decode"]  # of VAE
 Size = tuple[int, int, int]  # frames, height, width
+Run = Callable[[Sequence[Any]], list[Any]]  # inputs [B, ...] of tiles, which may differ in shape, to their outputs [B, ...]
 Video = Any  # an array [B, T, H, W, C], or what has its shape and slices like one: a memory-mapped file
 
 # Tiles that `Tiling.within` chooses from, frames and pixels on a side, smallest first; the released one is among them.
@@ -107,6 +109,10 @@ class Tiling:
             memory = coder(method).lower(abstract_params(config), one).compile().memory_analysis()
             needed.append(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
         return max(needed)
+
+    def check(self, config: VAEConfig) -> None:
+        """Raises `UserError` where tiles and overlaps are no multiples of the VAE's compression."""
+        self._axes(config, "moments")
 
     def _axes(self, config: VAEConfig, method: Method) -> tuple[_Axis, _Axis, _Axis]:
         axes = []
@@ -186,7 +192,7 @@ def decode_pieces(
     def read(start: int, stop: int) -> np.ndarray:
         return np.asarray(latents[:, start:stop], np.float32)
 
-    for piece in _pieces(_Tiles(config, params, "decode", devices), read, whole_in=frames, axes=tiling._axes(config, "decode")):
+    for piece in _pieces(_Tiles(config, params, "decode", devices).run, read, whole_in=frames, axes=tiling._axes(config, "decode")):
         yield piece[:, :left, :height, :width]
         left -= min(left, piece.shape[1])
 
@@ -200,58 +206,89 @@ def _moments(config: VAEConfig, params: Any, frames: Video, tiling: Tiling, devi
         missing = (stop - start - found.shape[1], padded[1] - height, padded[2] - width)
         return np.pad(found, ((0, 0), *((0, n) for n in missing), (0, 0)), mode="edge") if any(missing) else found
 
-    yield from _pieces(_Tiles(config, params, "moments", devices), read, whole_in=padded[0], axes=tiling._axes(config, "moments"))
+    yield from _pieces(_Tiles(config, params, "moments", devices).run, read, whole_in=padded[0], axes=tiling._axes(config, "moments"))
 
 
-def _pieces(
-    tiles: "_Tiles", read: Callable[[int, int], np.ndarray], *, whole_in: int, axes: tuple[_Axis, _Axis, _Axis]
-) -> Iterator[np.ndarray]:
-    """The output in pieces, in order; `read(start, stop)` gives inputs [B, stop - start, ...] out of `whole_in`."""
+def moments_in_tiles(config: VAEConfig, params: Any, frames: Float[Array, "B T H W 3"], tiling: Tiling) -> Float[Array, "B T2 Y X 2C"]:
+    """What `VAE.moments` gives, through tiles and differentiable; the clip's size is one that the VAE can represent."""
+    return _within_a_program(config, params, "moments", frames, tiling)
+
+
+def frames_in_tiles(config: VAEConfig, params: Any, latents: Float[Array, "B T Y X C"], tiling: Tiling) -> Float[Array, "B T2 H W 3"]:
+    """What `VAE.decode` gives, through tiles and differentiable."""
+    return _within_a_program(config, params, "decode", latents, tiling)
+
+
+def _within_a_program(config: VAEConfig, params: Any, method: Method, x: Any, tiling: Tiling) -> Any:
+    """Tiles of one shape one after another in a loop. For the gradient each is computed again, so that one at a time is in memory."""
+
+    @jax.checkpoint
+    def code(tile: Any) -> Any:
+        return VAE(config).apply({"params": params}, tile, method=method)
+
+    def run(tiles: Sequence[Any]) -> list[Any]:
+        outputs: dict[int, Any] = {}
+        for shape in dict.fromkeys(tile.shape for tile in tiles):
+            alike = [n for n, tile in enumerate(tiles) if tile.shape == shape]
+            coded = jax.lax.map(code, jnp.stack([tiles[n] for n in alike]))
+            outputs |= {n: coded[place] for place, n in enumerate(alike)}
+        return [outputs[n] for n in range(len(tiles))]
+
+    pieces = _pieces(run, lambda start, stop: x[:, start:stop], whole_in=x.shape[1], axes=tiling._axes(config, method))
+    return jnp.concatenate(list(pieces), axis=1)
+
+
+def _pieces(run: Run, read: Callable[[int, int], Any], *, whole_in: int, axes: tuple[_Axis, _Axis, _Axis]) -> Iterator[Any]:
+    """The output in pieces, in order; `read(start, stop)` gives inputs [B, stop - start, ...] out of `whole_in`.
+
+    What is read, what `run` makes of tiles and what this gives are all numpy's arrays, or all arrays of a program.
+    """
     time, rows, columns = axes
     if whole_in <= time.tile:
-        yield _frames_of(tiles, read(0, whole_in), rows, columns)
+        yield _frames_of(run, read(0, whole_in), rows, columns)
         return
-    tail: np.ndarray | None = None
+    before: Any = None
     for start in time.starts(whole_in):
         stop = min(start + time.tile + 1, whole_in)
-        if tail is not None and stop - start == 1:
+        if start and stop - start == 1:
             return  # its only frame would be dropped
-        piece = _frames_of(tiles, read(start, stop), rows, columns)
-        if tail is not None:
-            piece = piece[:, 1:]
-            _blend(tail, piece, time.blended, axis=1)
-        tail = piece[:, max(piece.shape[1] - time.blended, 0) :].copy()
+        piece = _frames_of(run, read(start, stop), rows, columns)
+        if start:
+            piece = _blend(before, piece[:, 1:], time.blended, axis=1)
+        before = piece
         yield piece[:, : time.kept + (start == 0)]
 
 
-def _frames_of(tiles: "_Tiles", x: np.ndarray, rows: _Axis, columns: _Axis) -> np.ndarray:
+def _frames_of(run: Run, x: Any, rows: _Axis, columns: _Axis) -> Any:
     """The output for all rows and columns of some frames, cut into spatial tiles where they are larger than one."""
     if x.shape[2] <= rows.tile and x.shape[3] <= columns.tile:
-        return tiles.run([x])[0]
+        return run([x])[0]
     places = [(i, j) for i in rows.starts(x.shape[2]) for j in columns.starts(x.shape[3])]
-    cut = [x[:, :, i : i + rows.tile, j : j + columns.tile] for i, j in places]
-    coded = dict(zip(places, tiles.run(cut), strict=True))
+    coded = dict(zip(places, run([x[:, :, i : i + rows.tile, j : j + columns.tile] for i, j in places]), strict=True))
     lines = []
     for i in rows.starts(x.shape[2]):
         line = []
         for j in columns.starts(x.shape[3]):
-            tile = coded[i, j]
             if i:
-                _blend(coded.pop((i - rows.stride, j)), tile, rows.blended, axis=2)
+                coded[i, j] = _blend(coded.pop((i - rows.stride, j)), coded[i, j], rows.blended, axis=2)
             if j:
-                _blend(coded[i, j - columns.stride], tile, columns.blended, axis=3)
-            line.append(tile[:, :, : rows.kept, : columns.kept])
-        lines.append(np.concatenate(line, axis=3))
-    return np.concatenate(lines, axis=2)
+                coded[i, j] = _blend(coded[i, j - columns.stride], coded[i, j], columns.blended, axis=3)
+            line.append(coded[i, j][:, :, : rows.kept, : columns.kept])
+        lines.append(_module_of(x).concatenate(line, axis=3))
+    return _module_of(x).concatenate(lines, axis=2)
 
 
-def _blend(before: np.ndarray, here: np.ndarray, extent: int, *, axis: int) -> None:
-    """Fades from the end of `before` into the beginning of `here`, in place, over at most `extent` positions."""
+def _blend(before: Any, here: Any, extent: int, *, axis: int) -> Any:
+    """`here`, faded into from the end of `before` over at most `extent` positions at its beginning."""
     extent = min(extent, before.shape[axis], here.shape[axis])
-    last, first = np.moveaxis(before, axis, -1), np.moveaxis(here, axis, -1)[..., :extent]
-    share = np.arange(extent, dtype=np.float32) / np.float32(max(extent, 1))
-    first *= share
-    first += last[..., last.shape[-1] - extent :] * (1 - share)
+    part = lambda x, start, stop: x[(slice(None),) * axis + (slice(start, stop),)]  # noqa: E731
+    share = (np.arange(extent, dtype=np.float32) / np.float32(max(extent, 1))).reshape(-1, *(1,) * (here.ndim - axis - 1))
+    first, last = part(here, 0, extent), part(before, before.shape[axis] - extent, before.shape[axis])
+    return _module_of(here).concatenate([first * share + last * (1 - share), part(here, extent, None)], axis=axis)
+
+
+def _module_of(x: Any) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp
 
 
 @dataclasses.dataclass

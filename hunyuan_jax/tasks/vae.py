@@ -2,7 +2,8 @@
 
 loss = mean |decode(z) - frames| + 0.1 LPIPS + 0.05 adversarial + 1e-6 KL(posterior || N(0, 1)) per latent value,  z ~ posterior
 
-LPIPS takes part where the config names files with its weights, the adversary where the config has a section `critic`.
+LPIPS takes part where the config names files with its weights, the adversary where the config has a section `critic`. Batches of a
+`tiled` bucket are encoded and decoded in the tiles of the section `tiling`.
 """
 
 import dataclasses
@@ -23,12 +24,14 @@ from hunyuan_jax.data.transforms import to_uint8
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.lpips_weights import load_lpips
 from hunyuan_jax.models import critics
-from hunyuan_jax.models.vae import VAE, VAEConfig
+from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
+from hunyuan_jax.models.vae_tiling import Tiling, frames_in_tiles, moments_in_tiles
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.critic import CriticConfig, Gradients, lesson, opinion
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+GREY_LEVELS = 255 / 2  # of a difference between values in [-1, 1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,26 @@ def ssim(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float[Ar
     return jnp.mean(similar.reshape(clips, -1), axis=1)
 
 
+def sharpness(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float[Array, "B"]:
+    """How much of the fine detail of clips `b` clips `a` have: the ratio of the energies of their Laplacians, 1 for equal ones.
+
+    Blurred copies lie below 1, copies with detail of their own, noise for one, above.
+    """
+
+    def energy(x: Float[Array, "B T H W 3"]) -> Float[Array, "B"]:
+        inner = x[:, :, 1:-1, 1:-1]
+        laplacian = x[:, :, :-2, 1:-1] + x[:, :, 2:, 1:-1] + x[:, :, 1:-1, :-2] + x[:, :, 1:-1, 2:] - 4 * inner
+        return jnp.mean(jnp.square(laplacian), axis=(1, 2, 3, 4))
+
+    return energy(jnp.clip(a, -1, 1)) / jnp.maximum(energy(b), 1e-10)
+
+
 @dataclasses.dataclass(frozen=True)
 class VAETask:
-    """Training of the VAE on clips of frames; `lpips` are the weights of LPIPS, `critic` the adversary, each None where it is off."""
+    """Training of the VAE on clips of frames.
+
+    `lpips` are the weights of LPIPS, `critic` is the adversary, `tiling` the tiles of tiled batches, each None where it is off.
+    """
 
     component: ClassVar[str] = "vae"
 
@@ -89,6 +109,7 @@ class VAETask:
     loss_config: VAELossConfig
     lpips: Params = None
     critic: CriticConfig | None = None
+    tiling: Tiling | None = None
 
     @classmethod
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "VAETask":
@@ -96,7 +117,13 @@ class VAETask:
         lpips = load_lpips(loss.lpips_files.split(",")) if loss.lpips_files else None
         if lpips is None:
             logging.info("LPIPS is off: loss.lpips_files names no file with its weights.")
-        return cls(build(VAEConfig, config.model, where="model"), loss, lpips, CriticConfig.from_section(config.get("critic")))
+        model = build(VAEConfig, config.model, where="model")
+        tiling = build(Tiling, config.tiling, where="tiling") if config.get("tiling") else None
+        if tiling is not None:
+            tiling.check(model)
+        elif any(bucket.get("tiled") for bucket in config.data.buckets):
+            raise UserError("data.buckets has a tiled bucket, and the configuration no section tiling with its `tile` and `overlap`.")
+        return cls(model, loss, lpips, CriticConfig.from_section(config.get("critic")), tiling)
 
     def describe(self) -> dict[str, Any]:
         said = {"task": "vae", "model": dataclasses.asdict(self.model)}
@@ -115,11 +142,23 @@ class VAETask:
 
     def draw(self, params: Params, batch: VideoBatch, key: PRNGKeyArray) -> tuple[Float[Array, "B T H W 3"], Float[Array, ""]]:
         """Frames decoded from latents drawn from their posterior, and its KL per latent value."""
-        vae = VAE(self.model)
-        posterior: Any = vae.apply({"params": params}, batch.frames, method="encode")
+        posterior = self.encode(params, batch.frames, tiled=batch.tiled)
         latents = posterior.sample(normal_like(sample_keys(key, batch), posterior.mean))
-        frames: Any = vae.apply({"params": params}, latents, method="decode")
-        return frames, jnp.mean(posterior.kl()) / posterior.mean[0].size
+        return self.decode(params, latents, tiled=batch.tiled), jnp.mean(posterior.kl()) / posterior.mean[0].size
+
+    def encode(self, params: Params, frames: Float[Array, "B T H W 3"], *, tiled: bool) -> Posterior:
+        if tiled:
+            assert self.tiling is not None
+            return Posterior.from_moments(moments_in_tiles(self.model, params, frames, self.tiling))
+        posterior: Any = VAE(self.model).apply({"params": params}, frames, method="encode")
+        return posterior
+
+    def decode(self, params: Params, latents: Float[Array, "B T Y X C"], *, tiled: bool) -> Float[Array, "B T2 H W 3"]:
+        if tiled:
+            assert self.tiling is not None
+            return frames_in_tiles(self.model, params, latents, self.tiling)
+        frames: Any = VAE(self.model).apply({"params": params}, latents, method="decode")
+        return frames
 
     def fidelity(
         self, frames: Float[Array, "B T H W 3"], batch: VideoBatch, key: PRNGKeyArray
@@ -171,13 +210,21 @@ class VAETask:
             loss=loss, model=grads, critic=critic_grads, critic_loss=critic_loss, learns=step >= c.start_step, metrics=terms | more
         )
 
-    def reconstruct(self, params: Params, frames: Float[Array, "B T H W 3"]) -> Float[Array, "B T H W 3"]:
-        out: Any = VAE(self.model).apply({"params": params}, frames)
-        return out
+    def reconstruct(self, params: Params, frames: Float[Array, "B T H W 3"], *, tiled: bool = False) -> Float[Array, "B T H W 3"]:
+        """Frames through the posterior's mean."""
+        return self.decode(params, self.encode(params, frames, tiled=tiled).mean, tiled=tiled)
 
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
-        out = self.reconstruct(params, batch.frames)
-        measured = {"psnr_db": psnr_db(out, batch.frames), "ssim": ssim(out, batch.frames)}
+        """PSNR, SSIM, sharpness and, where its weights are, LPIPS of reconstructions; of tiled ones the seam error too.
+
+        The seam error is the mean difference between what tiles and what the whole clip at once make of a clip, in grey levels of 255.
+        """
+        out = self.reconstruct(params, batch.frames, tiled=batch.tiled)
+        measured = {"psnr_db": psnr_db(out, batch.frames), "ssim": ssim(out, batch.frames), "sharpness": sharpness(out, batch.frames)}
+        if batch.tiled:
+            whole = self.reconstruct(params, batch.frames)
+            seams = jnp.abs(jnp.clip(out, -1, 1) - jnp.clip(whole, -1, 1))
+            measured["seam_error"] = GREY_LEVELS * jnp.mean(seams, axis=(1, 2, 3, 4))
         return measured if self.lpips is None else measured | {"lpips": self._lpips(out, batch.frames)}
 
     @functools.cached_property
