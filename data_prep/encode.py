@@ -32,6 +32,7 @@ from hunyuan_jax.data.dataset import Dataset, open_dataset, sha256_of, write_ind
 from hunyuan_jax.data.transforms import fit_to_bucket
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.models.vae import VAE, LatentMoments, Posterior, VAEConfig, abstract_params, whitened
+from hunyuan_jax.models.vae_tiling import Tiling, encode_tiled
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.video_io import read_video
 
@@ -48,7 +49,8 @@ class EncodeConfig:
     `measure_clips` clips: a small VAE puts nearly all variance into a few directions, brightness above all, and what the others
     say would drown in noise until the very end of sampling. With 0 latents and scaling_factor stay the VAE's own, as released
     weights need it. `measure_text` normalises the text states by their statistics over all prompts, as random towers need it and
-    trained ones do not.
+    trained ones do not. `tiling`, a `Tiling` (models/vae_tiling.py), says in which tiles clips larger than one of them are encoded, for
+    clips too large to be encoded at once; None encodes all clips whole. What it says is part of what the latents are.
     """
 
     buckets: tuple[Any, ...]
@@ -58,6 +60,7 @@ class EncodeConfig:
     whitening_ridge: float = 0.0
     measure_text: bool = False
     measure_clips: int = 64
+    tiling: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,9 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
     text = build(TextConfig, config.text, where="text")
     codec = Codec(vae[0], jax.tree.map(jnp.asarray, vae[1]), text)
     # The parameters are an argument: measuring and encoding share what is compiled for the longest bucket.
-    encode_frames = jax.jit(lambda params, frames: VAE(vae[0]).apply({"params": params}, frames, method="encode"))
+    encode_frames: Any = jax.jit(lambda params, frames: VAE(vae[0]).apply({"params": params}, frames, method="encode"))
+    if config.tiling:
+        encode_frames = functools.partial(encode_tiled, vae[0], tiling=build(Tiling, config.tiling, where="tiling"))
     if config.whitening_ridge > 0:
         encoder = functools.partial(encode_frames, codec.vae_params)
         moments = measure_latents(clips, encoder, buckets, limit=config.measure_clips)

@@ -26,6 +26,7 @@ from hunyuan_jax.data.records import TextStates
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.text_encoders import TextTower, TextTowerConfig
 from hunyuan_jax.models.vae import VAE, VAEConfig
+from hunyuan_jax.models.vae_tiling import Tiling, decode_tiled
 from hunyuan_jax.settings import build
 from hunyuan_jax.weights import weights_of
 
@@ -152,6 +153,10 @@ class Codec:
         """Frames in [-1, 1], not clipped, of scaled latents, as the DiT makes them."""
         frames: Any = VAE(self.vae).apply({"params": self.vae_params}, latents / self.vae.scaling_factor, method="decode")
         return frames
+
+    def decode_tiled(self, latents: Float[Array, "B T Y X C"], tiling: Tiling) -> Float[np.ndarray, "B T2 H W 3"]:
+        """What `decode` gives, in tiles: for videos too large to be decoded at once."""
+        return decode_tiled(self.vae, self.vae_params, latents / self.vae.scaling_factor, tiling)
 
     def save(self, folder: Path) -> None:
         convert.write(weights_of(self.vae, self.vae_params), folder / "vae", "diffusers")

@@ -24,6 +24,7 @@ from hunyuan_jax.data.dataset import write_json
 from hunyuan_jax.data.transforms import pad_texts, to_uint8
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.sampling import SamplingConfig
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.tasks.t2v import T2VLossConfig, T2VTask, Text, encode_texts
@@ -114,18 +115,32 @@ def noise_for(numbers: Sequence[int], shape: tuple[int, ...], *, seed: int) -> j
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def generate(model: Model, prompts: Sequence[str], *, sampling: SamplingConfig, seed: int, batch: int, size: tuple[int, int, int]) -> Any:
-    """Yields uint8 frames [T, H, W, 3] for each prompt, in order. `size` is frames, height, width."""
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    sampling: SamplingConfig,
+    seed: int,
+    batch: int,
+    size: tuple[int, int, int],
+    tiling: Tiling | None = None,
+) -> Any:
+    """Yields uint8 frames [T, H, W, 3] for each prompt, in order.
+
+    `size` is frames, height, width. Latents are decoded in tiles where `tiling` says how, at once where it is None.
+    """
     task = model.task
+    made = task.sample if tiling is None else task.sample_latents
     shape = task.codec.vae.latent_shape(*size)
     texts = task.codec.encode_prompts(prompts)
-    sample = jax.jit(lambda params, text, noise: task.sample(params, Text(*text), noise, sampling=sampling))
+    sample = jax.jit(lambda params, text, noise: made(params, Text(*text), noise, sampling=sampling))
     for start in range(0, len(prompts), batch):
         numbers = list(range(start, min(start + batch, len(prompts))))
         filled = numbers + [numbers[-1]] * (batch - len(numbers))  # one shape, one compilation
         text = pad_texts([texts[n] for n in filled], length=task.null.txt.shape[1])
-        frames = to_uint8(np.asarray(sample(model.params, text, noise_for(filled, shape, seed=seed))))
-        yield from frames[: len(numbers)]
+        drawn = sample(model.params, text, noise_for(filled, shape, seed=seed))
+        frames = drawn if tiling is None else task.codec.decode_tiled(drawn[: len(numbers)], tiling)
+        yield from to_uint8(np.asarray(frames))[: len(numbers)]
 
 
 def file_name(number: int, prompt: str) -> str:
@@ -147,6 +162,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_float("cfg_scale", None, "Strength of two-pass guidance; 1 is a single pass.")
     flags.DEFINE_float("guidance", None, "The scale that a guidance-distilled model takes as an input.")
     flags.DEFINE_bool("guide_twice", False, "Allow two-pass guidance of a guidance-distilled model.")
+    flags.DEFINE_float("vae_memory_gib", None, "Decode in the largest tiles that need no more of a device's memory.", lower_bound=0.0)
     flags.DEFINE_list("size", None, "frames,height,width; those of training where not given.")
     parse_flags(argv, required=("checkpoint", "output"))
     f = flags.FLAGS
@@ -159,10 +175,16 @@ def main(argv: list[str]) -> None:
     check_guidance(model.task.model, changed, sampling, twice=f.guide_twice)
     size = _parse_size(f.size) if f.size else (model.video["frames"], model.video["height"], model.video["width"])
 
+    tiling = None
+    if f.vae_memory_gib is not None:
+        tiling = Tiling.within(int(f.vae_memory_gib * 2**30), model.task.codec.vae)
+        print(f"generate: decoding in tiles of {tiling.tile[0]} frames, {tiling.tile[1]} x {tiling.tile[2]}")
+
     output = Path(f.output)
     output.mkdir(parents=True, exist_ok=True)
     print(f"generate: {len(rows)} videos of {size[0]} frames, {size[1]} x {size[2]}, from step {model.step}, {sampling.steps} Euler steps")
-    videos = generate(model, [row["prompt"] for row in rows], sampling=sampling, seed=f.seed, batch=min(f.batch, len(rows)), size=size)
+    how: dict[str, Any] = {"sampling": sampling, "seed": f.seed, "batch": min(f.batch, len(rows)), "size": size, "tiling": tiling}
+    videos = generate(model, [row["prompt"] for row in rows], **how)
     index = []
     for number, (row, frames) in enumerate(zip(rows, tqdm(videos, total=len(rows), unit="video", dynamic_ncols=True), strict=True)):
         name = file_name(number, row["prompt"])
