@@ -1,9 +1,10 @@
-"""What holds for every test: JAX runs on the CPU, programs are compiled once, and a reference model never asks the network."""
+"""What holds for every test: JAX runs on the CPU, programs are compiled once and in haste, and no model asks the network."""
 
 import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # programs of tests are larger to compile than to run
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Every process of one run of the tests, the commands that they start among them, shares what is compiled.
