@@ -7,7 +7,7 @@ PART climbs short_128, short_256, long_256, long_512, tiling, each from the one 
 the shapes of long_512, and half of its steps, drawn at random, encode and decode in the released tiles. The model is the released one
 of 246,478,803 parameters, trained from nothing and from no image VAE. Frames are taken at a random interval of 1 to 8.
 
-Two parts are for the shapes world and minutes on 2 CPU cores; both go on from the small VAE in configs/shapes_vae, which was trained
+Two parts are for the shapes world and two CPU cores; both go on from the small VAE in configs/shapes_vae, which was trained
 with L1 + KL. shapes brings in the adversary, shapes_tiling the tiles. The same steps without the adversary, to compare with, are
 those of a critic that never starts: --config.critic.start_step=1000000000.
 """
@@ -54,21 +54,8 @@ STAGES: dict[str, Any] = {
     },
 }
 
-SHAPES: dict[str, Any] = {
-    "shapes": {
-        "steps": 2000,
-        "learning_rate": 3e-4,
-        "critic_start": 100,
-        "buckets": ((1, 64, 64, 8, 1.0), (9, 64, 64, 1, 4.0)),
-    },
-    "shapes_tiling": {
-        "steps": 1000,
-        "learning_rate": 3e-4,
-        "critic_start": 100,
-        "buckets": ((1, 64, 64, 8, 1.0), (9, 64, 64, 1, 4.0)),
-        "tiled": True,
-    },
-}
+_SHAPES = {"learning_rate": 3e-4, "critic_start": 100, "buckets": ((1, 64, 64, 8, 1.0), (9, 64, 64, 1, 4.0))}
+SHAPES: dict[str, Any] = {"shapes": {"steps": 2000, **_SHAPES}, "shapes_tiling": {"steps": 1000, "tiled": True, **_SHAPES}}
 SHAPES_TILING = {"tile": (8, 32, 32), "overlap": (4, 8, 8)}
 
 
