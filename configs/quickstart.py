@@ -179,7 +179,7 @@ PARTS = {
     "vae_finish": _vae_finish,
     "encode": lambda: _encode(13),
     "encode_long": lambda: _encode(17),
-    "t2v": lambda: _t2v(13, 1700, num_heads=4),
+    "t2v": lambda: _t2v(13, 1300, num_heads=4),
     "t2v_long": lambda: _t2v(17, 8000, num_heads=6),
 }
 

@@ -68,7 +68,7 @@ class Size:
     seconds: dict[str, float]
 
 
-SHORT = Size(shots=2000, suffix="", seconds={"raw": 25, "clips": 55, "vae": 40, "latents": 100, "t2v": 275, "videos": 27, "evaluation": 23})
+SHORT = Size(shots=1200, suffix="", seconds={"raw": 20, "clips": 45, "vae": 60, "latents": 90, "t2v": 320, "videos": 42, "evaluation": 35})
 LONG = Size(
     shots=6000, suffix="_long", seconds={"raw": 75, "clips": 165, "vae": 42, "latents": 400, "t2v": 2100, "videos": 40, "evaluation": 30}
 )
