@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 INTERVALS = tuple(range(1, 9))
 
 # Buckets are (frames, height, width, batch, share of the steps). The report publishes neither resolutions nor batches, rates or the
-# discriminator, so those are ours. A critic is fresh in every stage and begins when reconstructions are sound.
+# discriminator, so those are ours. A critic is fresh in every stage and begins when reconstructions are sound. `sequence` is the number
+# of devices that share a clip's rows: what one clip of the last stages needs is more than a device has.
 STAGES: dict[str, Any] = {
     "short_128": {
         "steps": 200_000,
@@ -44,12 +45,14 @@ STAGES: dict[str, Any] = {
         "learning_rate": 2e-5,
         "critic_start": 5_000,
         "buckets": ((1, 512, 512, 128, 1.0), (65, 512, 512, 32, 4.0)),
+        "sequence": 4,
     },
     "tiling": {
         "steps": 20_000,
         "learning_rate": 1e-5,
         "critic_start": 2_000,
         "buckets": ((1, 512, 512, 128, 1.0), (65, 512, 512, 32, 4.0)),
+        "sequence": 4,
         "tiled": True,
     },
 }
@@ -82,6 +85,7 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "layers_per_block": 2,
                 "norm_num_groups": 32,
                 "convolution": "volume",
+                "remat": "full",
                 "dtype": "bfloat16",
             },
             "loss": {"kl_weight": 1e-6, "lpips_weight": 0.1, "lpips_files": "", "lpips_frames": 8},
@@ -102,7 +106,7 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
             "tiling": {"tile": (64, 256, 256), "overlap": (16, 64, 64)},  # of tiled buckets: the released tiles
             "optimizer": {"learning_rate": stage["learning_rate"], "warmup_steps": 1000, "b2": 0.99},
             "ema": {"decay": 0.9999},
-            "mesh": {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": -1, "sequence": stage.get("sequence", 1), "tensor": 1},
             "train": {
                 "steps": stage["steps"],
                 "log_every": 20,
@@ -121,7 +125,7 @@ def _shapes(part: str) -> ConfigDict:
     config = _config(stage)
     config.start = "configs/shapes_vae"
     config.model.update({"block_out_channels": (8, 16, 48, 48), "layers_per_block": 1, "norm_num_groups": 4})
-    config.model.update({"convolution": "planes", "dtype": "float32"})
+    config.model.update({"convolution": "planes", "remat": "none", "dtype": "float32"})
     config.critic.model.update({"widths": (8, 16, 32), "convolution": "planes", "dtype": "float32"})
     config.critic.update({"lead_steps": 100})
     config.critic.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20})

@@ -1,6 +1,7 @@
 """Laws of the causal 3D VAE: its size, causality, exact time layout, two ways to convolve, and its files."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -159,11 +160,30 @@ def test_clips_that_cannot_be_represented_are_refused(shape):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"norm_num_groups": 3}, {"convolution": "fast"}, {"spatial_compression": 6}, {"temporal_compression": 16}]
+    "wrong", [{"norm_num_groups": 3}, {"convolution": "fast"}, {"remat": "some"}, {"spatial_compression": 6}, {"temporal_compression": 16}]
 )
 def test_impossible_configs_are_refused(wrong):
     with pytest.raises(UserError, match="VAE"):
         VAEConfig(**wrong)
+
+
+def test_recomputing_changes_no_gradient_and_keeps_a_quarter_for_it_at_most(small_params):
+    frames = random(1, 5, 16, 16, 3)
+
+    def reconstruct(params, remat):
+        return VAE(dataclasses.replace(SMALL, remat=remat)).apply({"params": params}, frames)
+
+    def kept(remat):
+        residuals = jax.eval_shape(lambda params: jax.vjp(functools.partial(reconstruct, remat=remat), params)[1], small_params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+    assert kept("full") <= kept("none") / 4
+    grads = [
+        jax.jit(jax.grad(lambda params, remat=remat: jnp.sum(jnp.square(reconstruct(params, remat)))))(small_params)
+        for remat in ("none", "full")
+    ]
+    for none, full in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(full, none, rtol=1e-4, atol=1e-5 * float(jnp.abs(none).max()) + 1e-5)
 
 
 def test_kl_is_zero_for_the_standard_normal_and_has_its_closed_form():

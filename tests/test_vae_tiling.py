@@ -21,8 +21,7 @@ from hunyuan_jax.models.vae_tiling import (
     decode_tiled,
     encode_pieces,
     encode_tiled,
-    frames_in_tiles,
-    moments_in_tiles,
+    in_tiles,
     padded_size,
 )
 from tests.commands import run_program
@@ -121,8 +120,9 @@ def test_within_a_program_tiles_give_what_they_give_from_the_host_and_gradients_
     @functools.partial(jax.value_and_grad, has_aux=True)
     def within(both):
         params, frames = both
-        posterior = Posterior.from_moments(moments_in_tiles(PLAIN, params, frames, CUT))
-        out = frames_in_tiles(PLAIN, params, posterior.mean, CUT)
+        code = lambda method: functools.partial(VAE(PLAIN).apply, {"params": params}, method=method)  # noqa: E731
+        posterior = Posterior.from_moments(in_tiles(PLAIN, "moments", code("moments"), frames, CUT))
+        out = in_tiles(PLAIN, "decode", code("decode"), posterior.mean, CUT)
         return jnp.sum(weights * out), out
 
     (_, out), grads = within(both)

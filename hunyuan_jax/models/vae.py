@@ -30,7 +30,8 @@ class VAEConfig:
     """Sizes of the VAE; the defaults are the released model of 246,478,803 parameters.
 
     `convolution` says how a 3D convolution is computed, with equal results: "volume" as one, "planes" as a sum of 2D
-    convolutions over the kernel's frames, which XLA runs 2 to 4 times faster on CPUs.
+    convolutions over the kernel's frames, which XLA runs 2 to 4 times faster on CPUs. `remat` says what a gradient keeps: "none"
+    recomputes nothing, "full" keeps the inputs of residual blocks and changes of resolution and computes the rest again.
     """
 
     in_channels: int = 3
@@ -43,6 +44,7 @@ class VAEConfig:
     spatial_compression: int = 8
     temporal_compression: int = 4
     convolution: Literal["volume", "planes"] = "volume"
+    remat: Literal["none", "full"] = "none"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class VAEConfig:
                 raise UserError(f"VAE: every width must be a multiple of norm_num_groups={self.norm_num_groups}, but {channels} is not.")
         if self.convolution not in ("volume", "planes"):
             raise UserError(f"VAE: convolution must be 'volume' or 'planes', not {self.convolution!r}.")
+        if self.remat not in ("none", "full"):
+            raise UserError(f"VAE: remat must be 'none' or 'full', not {self.remat!r}.")
         levels = len(self.block_out_channels)
         for name, factor in (("spatial_compression", self.spatial_compression), ("temporal_compression", self.temporal_compression)):
             if factor & (factor - 1) or not 1 <= factor <= 2 ** (levels - 1):
@@ -171,6 +175,11 @@ class CausalConv(nn.Module):
         return Conv3D(self.features, self.kernel, self.strides, c.convolution, c.dtype, self.kernel_init, name="conv")(x)
 
 
+def _recomputed(config: VAEConfig, module: Any) -> Any:
+    """The module's class, or a function of a module and its input, so that a gradient keeps what `config.remat` says."""
+    return nn.remat(module) if config.remat == "full" else module
+
+
 def _group_norm(config: VAEConfig, name: str) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_num_groups, epsilon=1e-6, dtype=config.dtype, name=name)
 
@@ -261,9 +270,10 @@ class MidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B T Y X C"]:
-        x = ResBlock(self.config, x.shape[-1], name="resnets_0")(x)
-        x = FrameCausalAttention(self.config, name="attentions_0")(x)
-        return ResBlock(self.config, x.shape[-1], name="resnets_1")(x)
+        block, attention = (_recomputed(self.config, module) for module in (ResBlock, FrameCausalAttention))
+        x = block(self.config, x.shape[-1], name="resnets_0")(x)
+        x = attention(self.config, name="attentions_0")(x)
+        return block(self.config, x.shape[-1], name="resnets_1")(x)
 
 
 class Downsample(nn.Module):
@@ -306,12 +316,16 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
         for layer in range(self.layers):
-            x = ResBlock(self.config, self.features, name=f"resnets_{layer}")(x)
+            x = _recomputed(self.config, ResBlock)(self.config, self.features, name=f"resnets_{layer}")(x)
         if self.strides is None:
             return x
-        if self.up:
-            return Upsample(self.config, self.strides, name="upsamplers_0")(x)
-        return Downsample(self.config, self.strides, name="downsamplers_0")(x)
+        change, name = (Upsample, "upsamplers_0") if self.up else (Downsample, "downsamplers_0")
+        return _recomputed(self.config, change)(self.config, self.strides, name=name)(x)
+
+
+def _end(coder: nn.Module, x: Float[Array, "B T H W C"], *, config: VAEConfig, features: int) -> Float[Array, "B T H W D"]:
+    """The layers that end `coder`, the encoder or the decoder."""
+    return CausalConv(config, features, name="conv_out")(nn.silu(_group_norm(config, "conv_norm_out")(x)))
 
 
 class Encoder(nn.Module):
@@ -324,7 +338,7 @@ class Encoder(nn.Module):
         for i, (features, strides) in enumerate(zip(c.block_out_channels, c.strides, strict=True)):
             x = Level(c, features, c.layers_per_block, strides, up=False, name=f"down_blocks_{i}")(x)
         x = MidBlock(c, name="mid_block")(x)
-        return CausalConv(c, 2 * c.latent_channels, name="conv_out")(nn.silu(_group_norm(c, "conv_norm_out")(x)))
+        return _recomputed(c, functools.partial(_end, config=c, features=2 * c.latent_channels))(self, x)
 
 
 class Decoder(nn.Module):
@@ -338,7 +352,7 @@ class Decoder(nn.Module):
         # Going up repeats the encoder's strides in the encoder's order: time is expanded last.
         for i, (features, factors) in enumerate(zip(reversed(c.block_out_channels), c.strides, strict=True)):
             x = Level(c, features, c.layers_per_block + 1, factors, up=True, name=f"up_blocks_{i}")(x)
-        return CausalConv(c, c.out_channels, name="conv_out")(nn.silu(_group_norm(c, "conv_norm_out")(x)))
+        return _recomputed(c, functools.partial(_end, config=c, features=c.out_channels))(self, x)
 
 
 def _narrow_posterior(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "C2"]:

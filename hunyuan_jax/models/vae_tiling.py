@@ -10,8 +10,8 @@ another function than the VAE, since group norm takes its statistics per tile; t
 
 Tiles of equal shape share one compiled program and run one after another, a tile of one clip per device at a time. Pieces of the
 result are given as they come, in host memory: `encode_pieces` and `decode_pieces` hold one temporal tile, however long the
-video. `moments_in_tiles` and `frames_in_tiles` are the same functions within a compiled program, for training: a clip of at most
-a few tiles, followed by gradients. Constants from the released configuration; paper section 4.1.2 ("Inference").
+video. `in_tiles` is the same within a compiled program, for training: a clip of at most a few tiles, followed by gradients.
+Constants from the released configuration; paper section 4.1.2 ("Inference").
 """
 
 import dataclasses
@@ -209,28 +209,18 @@ def _moments(config: VAEConfig, params: Any, frames: Video, tiling: Tiling, devi
     yield from _pieces(_Tiles(config, params, "moments", devices).run, read, whole_in=padded[0], axes=tiling._axes(config, "moments"))
 
 
-def moments_in_tiles(config: VAEConfig, params: Any, frames: Float[Array, "B T H W 3"], tiling: Tiling) -> Float[Array, "B T2 Y X 2C"]:
-    """What `VAE.moments` gives, through tiles and differentiable; the clip's size is one that the VAE can represent."""
-    return _within_a_program(config, params, "moments", frames, tiling)
+def in_tiles(config: VAEConfig, method: Method, code: Callable[[Any], Any], x: Float[Array, "B T H W C"], tiling: Tiling) -> Any:
+    """What `code` gives, the VAE's `method` on frames or latents, through tiles, within a program and differentiable.
 
-
-def frames_in_tiles(config: VAEConfig, params: Any, latents: Float[Array, "B T Y X C"], tiling: Tiling) -> Float[Array, "B T2 H W 3"]:
-    """What `VAE.decode` gives, through tiles and differentiable."""
-    return _within_a_program(config, params, "decode", latents, tiling)
-
-
-def _within_a_program(config: VAEConfig, params: Any, method: Method, x: Any, tiling: Tiling) -> Any:
-    """Tiles of one shape one after another in a loop. For the gradient each is computed again, so that one at a time is in memory."""
-
-    @jax.checkpoint
-    def code(tile: Any) -> Any:
-        return VAE(config).apply({"params": params}, tile, method=method)
+    The clip's size is one that the VAE can represent. Tiles of one shape are coded one after another in a loop; for the gradient
+    each is computed again, so that one at a time is in memory.
+    """
 
     def run(tiles: Sequence[Any]) -> list[Any]:
         outputs: dict[int, Any] = {}
         for shape in dict.fromkeys(tile.shape for tile in tiles):
             alike = [n for n, tile in enumerate(tiles) if tile.shape == shape]
-            coded = jax.lax.map(code, jnp.stack([tiles[n] for n in alike]))
+            coded = jax.lax.map(jax.checkpoint(code), jnp.stack([tiles[n] for n in alike]))
             outputs |= {n: coded[place] for place, n in enumerate(alike)}
         return [outputs[n] for n in range(len(tiles))]
 

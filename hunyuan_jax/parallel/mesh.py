@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -21,9 +22,9 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
-    """The mesh over all devices. Raises `UserError` where the axes do not multiply to their number."""
-    count = devices or jax.device_count()
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over devices, by default all. Raises `UserError` where the axes do not multiply to their number."""
+    count = len(devices or jax.devices())
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or known > count or count % known:
@@ -33,4 +34,4 @@ def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
         raise UserError(
             f"A mesh of {dict(zip(AXES, sizes, strict=True))} has {math.prod(sizes)} places for {count} devices; set one axis to -1."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

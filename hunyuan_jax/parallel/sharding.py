@@ -1,4 +1,4 @@
-"""Where arrays live: the table of parameters by path, and the sharding of batches.
+"""Where arrays live: the table of parameters by path, the sharding of batches, and what a program asks of its compiler.
 
 Each row of `PARAM_RULES` gives, for parameters whose path matches, the mesh axis of each dimension, the last dimensions
 first to be read from the right: a leading axis of scanned layers is never sharded. A matrix is sharded over `tensor` along the
@@ -11,6 +11,9 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from hunyuan_jax.errors import UserError
 
 # (pattern of the path, axes of the last dimensions)
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -30,6 +33,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # Norms of the DiT and the VAE.
     (r"(norm\d?|conv_norm_out)/(scale|bias)$", (None,)),
 )
+
+BATCH_AXES = ("data", "fsdp")
 
 
 def path_of(path: Any) -> str:
@@ -57,9 +62,36 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Clips are split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def split_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+    """Within a program: the same, with the rows of frames split over `sequence`. Raises `UserError` where they do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts, rows = mesh.shape["sequence"], x.shape[2]
+    if rows % parts:
+        raise UserError(f"mesh.sequence={parts} splits the rows of frames and latents, but {rows} rows do not divide by it; set it lower.")
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, None, "sequence"))
+
+
+def whole_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+    """Within a program: the same, with clips split over the axes of a batch and nothing else."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def gathered(params: Any) -> Any:
+    """Within a program: the same parameters, whole on every device.
+
+    For models whose activations outweigh them by far, such as the VAE: between rows split over `sequence` and channels split over
+    `fsdp` a compiler would exchange activations instead.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), params)

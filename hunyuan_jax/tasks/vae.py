@@ -3,7 +3,7 @@
 loss = mean |decode(z) - frames| + 0.1 LPIPS + 0.05 adversarial + 1e-6 KL(posterior || N(0, 1)) per latent value,  z ~ posterior
 
 LPIPS takes part where the config names files with its weights, the adversary where the config has a section `critic`. Batches of a
-`tiled` bucket are encoded and decoded in the tiles of the section `tiling`.
+`tiled` bucket are encoded and decoded in the tiles of the section `tiling`. The mesh's axis `sequence` splits the rows of frames.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from hunyuan_jax.errors import UserError
 from hunyuan_jax.lpips_weights import load_lpips
 from hunyuan_jax.models import critics
 from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
-from hunyuan_jax.models.vae_tiling import Tiling, frames_in_tiles, moments_in_tiles
+from hunyuan_jax.models.vae_tiling import Method, Tiling, in_tiles
+from hunyuan_jax.parallel.sharding import gathered, split_rows, whole_rows
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.critic import CriticConfig, Gradients, lesson, opinion
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
@@ -142,23 +143,28 @@ class VAETask:
 
     def draw(self, params: Params, batch: VideoBatch, key: PRNGKeyArray) -> tuple[Float[Array, "B T H W 3"], Float[Array, ""]]:
         """Frames decoded from latents drawn from their posterior, and its KL per latent value."""
+        params = gathered(params)
         posterior = self.encode(params, batch.frames, tiled=batch.tiled)
         latents = posterior.sample(normal_like(sample_keys(key, batch), posterior.mean))
         return self.decode(params, latents, tiled=batch.tiled), jnp.mean(posterior.kl()) / posterior.mean[0].size
 
     def encode(self, params: Params, frames: Float[Array, "B T H W 3"], *, tiled: bool) -> Posterior:
-        if tiled:
-            assert self.tiling is not None
-            return Posterior.from_moments(moments_in_tiles(self.model, params, frames, self.tiling))
-        posterior: Any = VAE(self.model).apply({"params": params}, frames, method="encode")
-        return posterior
+        return Posterior.from_moments(self._code(params, "moments", frames, tiled=tiled))
 
     def decode(self, params: Params, latents: Float[Array, "B T Y X C"], *, tiled: bool) -> Float[Array, "B T2 H W 3"]:
-        if tiled:
-            assert self.tiling is not None
-            return frames_in_tiles(self.model, params, latents, self.tiling)
-        frames: Any = VAE(self.model).apply({"params": params}, latents, method="decode")
-        return frames
+        return self._code(params, "decode", latents, tiled=tiled)
+
+    def _code(self, params: Params, method: Method, x: Float[Array, "B T H W C"], *, tiled: bool) -> Any:
+        """A method of the VAE on frames or latents whose rows are split over devices, in tiles on those of each tile."""
+
+        def code(x: Float[Array, "B T H W C"]) -> Any:
+            return VAE(self.model).apply({"params": params}, split_rows(x), method=method)
+
+        if not tiled:
+            return code(x)
+        assert self.tiling is not None
+        # Tiles are cut from, and joined to, whole rows: their edges are not those between devices.
+        return split_rows(in_tiles(self.model, method, lambda tile: whole_rows(code(tile)), whole_rows(x), self.tiling))
 
     def fidelity(
         self, frames: Float[Array, "B T H W 3"], batch: VideoBatch, key: PRNGKeyArray
@@ -190,6 +196,7 @@ class VAETask:
         """
         c = self.critic
         assert c is not None
+        critic = gathered(critic)
         (frames, kl), back = jax.vjp(lambda params: self.draw(params, batch, key), params)
         fidelity_of = jax.value_and_grad(lambda frames: self.fidelity(frames, batch, key), has_aux=True)
         (fidelity, terms), slope = fidelity_of(frames)
@@ -212,6 +219,7 @@ class VAETask:
 
     def reconstruct(self, params: Params, frames: Float[Array, "B T H W 3"], *, tiled: bool = False) -> Float[Array, "B T H W 3"]:
         """Frames through the posterior's mean."""
+        params = gathered(params)
         return self.decode(params, self.encode(params, frames, tiled=tiled).mean, tiled=tiled)
 
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
