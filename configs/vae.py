@@ -7,9 +7,9 @@ PART climbs short_128, short_256, long_256, long_512, tiling, each from the one 
 the shapes of long_512, and half of its steps, drawn at random, encode and decode in the released tiles. The model is the released one
 of 246,478,803 parameters, trained from nothing and from no image VAE. Frames are taken at a random interval of 1 to 8.
 
-Two parts are for the shapes world and two CPU cores; both go on from the small VAE in configs/shapes_vae, which was trained
-with L1 + KL. shapes brings in the adversary, shapes_tiling the tiles. The same steps without the adversary, to compare with, are
-those of a critic that never starts: --config.critic.start_step=1000000000.
+Three parts are for two CPU cores; all go on from the small VAE in configs/shapes_vae, which was trained with L1 + KL on the shapes
+world. shapes brings in the adversary, shapes_tiling the tiles, both on that world; films learns real videos. The same steps without
+the adversary, to compare with, are those of a critic that never starts: --config.critic.start_step=1000000000.
 """
 
 from typing import Any
@@ -57,15 +57,21 @@ STAGES: dict[str, Any] = {
     },
 }
 
-_SHAPES = {"learning_rate": 3e-4, "critic_start": 100, "buckets": ((1, 64, 64, 8, 1.0), (9, 64, 64, 1, 4.0))}
-SHAPES: dict[str, Any] = {"shapes": {"steps": 2000, **_SHAPES}, "shapes_tiling": {"steps": 1000, "tiled": True, **_SHAPES}}
-SHAPES_TILING = {"tile": (8, 32, 32), "overlap": (4, 8, 8)}
+_SMALL = {"learning_rate": 3e-4, "critic_start": 100, "buckets": ((1, 64, 64, 8, 1.0), (9, 64, 64, 1, 4.0))}
+# Films are cropped: at 64 pixels in whole they would be finer than any video is.
+FILMS = {"steps": 3000, "learning_rate": 6e-4, "critic_start": 1500, "resize": (128, 128), "held_out": 0.2}
+SMALL: dict[str, Any] = {
+    "shapes": {"steps": 2000, **_SMALL},
+    "shapes_tiling": {"steps": 1000, "tiled": True, **_SMALL},
+    "films": {**_SMALL, **FILMS},
+}
+SMALL_TILING = {"tile": (8, 32, 32), "overlap": (4, 8, 8)}
 
 
 def _buckets(stage: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The buckets of a stage; where it is tiled, each of them twice at half its share, in whole and in tiles."""
     plain = tuple(
-        {"frames": t, "height": h, "width": w, "intervals": INTERVALS, "batch": batch, "share": share}
+        {"frames": t, "height": h, "width": w, "intervals": INTERVALS, "batch": batch, "share": share, "resize": stage.get("resize", ())}
         for t, h, w, batch, share in stage["buckets"]
     )
     if not stage.get("tiled"):
@@ -119,9 +125,8 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
     )
 
 
-def _shapes(part: str) -> ConfigDict:
+def _small(stage: dict[str, Any]) -> ConfigDict:
     """The same sections with the widths and the rates of the small VAE in configs/shapes_vae."""
-    stage = SHAPES[part]
     config = _config(stage)
     config.start = "configs/shapes_vae"
     config.model.update({"block_out_channels": (8, 16, 48, 48), "layers_per_block": 1, "norm_num_groups": 4})
@@ -129,10 +134,10 @@ def _shapes(part: str) -> ConfigDict:
     config.critic.model.update({"widths": (8, 16, 32), "convolution": "planes", "dtype": "float32"})
     config.critic.update({"lead_steps": 100})
     config.critic.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20})
-    config.data.update({"held_out": 0.05, "threads": 2})
+    config.data.update({"held_out": stage.get("held_out", 0.05), "threads": 2})
     for bucket in config.data.buckets:
         bucket["intervals"] = (1, 2)
-    config.tiling = ConfigDict(SHAPES_TILING)
+    config.tiling = ConfigDict(SMALL_TILING)
     config.optimizer.update({"warmup_steps": 50, "decay_steps": stage["steps"], "final_fraction": 0.02})
     config.ema.decay = 0.998
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1})
@@ -142,6 +147,6 @@ def _shapes(part: str) -> ConfigDict:
 
 def get_config(part: str = "short_128") -> ConfigDict:
     """The config of one part."""
-    if part not in (*STAGES, *SHAPES):
-        raise ValueError(f"configs/vae.py has the parts {', '.join((*STAGES, *SHAPES))}, not {part!r}.")
-    return _shapes(part) if part in SHAPES else _config(STAGES[part])
+    if part not in (*STAGES, *SMALL):
+        raise ValueError(f"configs/vae.py has the parts {', '.join((*STAGES, *SMALL))}, not {part!r}.")
+    return _small(SMALL[part]) if part in SMALL else _config(STAGES[part])

@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_module(*arguments: str, expect: int = 0) -> str:
+def run_module(*arguments: str, expect: int = 0, minutes: float = 10) -> str:
     """What `python -m MODULE ...` prints, to both outputs. It must end with the code `expect`, and no user sees a traceback."""
-    return _run("-m", *arguments, expect=expect, environment=dict(os.environ))
+    return _run("-m", *arguments, expect=expect, environment=dict(os.environ), minutes=minutes)
 
 
 def run_program(program: str) -> str:
@@ -19,8 +19,9 @@ def run_program(program: str) -> str:
     return _run("-c", program, expect=0, environment={**kept, "PATH": "", "PYTHONPATH": str(ROOT)}).strip()
 
 
-def _run(*arguments: str, expect: int, environment: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+def _run(*arguments: str, expect: int, environment: dict[str, str], minutes: float = 10) -> str:
+    command, timeout = [sys.executable, *arguments], 60 * minutes
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == expect, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr

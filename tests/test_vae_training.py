@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -44,6 +45,7 @@ from hunyuan_jax.tasks.vae import VAELossConfig, psnr_db, sharpness, ssim
 from hunyuan_jax.train import LoopConfig, state_shardings, train
 from hunyuan_jax.train_step import EmaConfig, average, init_critic_state, init_state, make_step
 from hunyuan_jax.video_io import encode_mp4
+from tests.commands import run_module
 
 MODEL = VAEConfig(
     block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, latent_channels=2, spatial_compression=1, temporal_compression=1,
@@ -303,7 +305,7 @@ def test_tiles_that_cannot_be_are_refused_before_anything_is_compiled():
         VAETask.from_config(config, None)
 
 
-@pytest.mark.parametrize("part", [*recipe.STAGES, *recipe.SHAPES])
+@pytest.mark.parametrize("part", [*recipe.STAGES, *recipe.SMALL])
 def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
     config = recipe.get_config(part)
     task = VAETask.from_config(config, None)
@@ -322,7 +324,16 @@ def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
     build(LoopConfig, config.train, where="train"), build(MeshConfig, config.mesh, where="mesh"), build(EmaConfig, config.ema, where="ema")
     if part in recipe.STAGES:
         assert task.tiling == Tiling()
-        assert task.model == dataclasses.replace(VAEConfig(), dtype="bfloat16")
+        assert task.model == dataclasses.replace(VAEConfig(), remat="full", dtype="bfloat16")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu==0.0.42.1 compiles for TPUs, in many minutes")
+def test_the_full_size_step_of_the_last_stage_compiles_for_tpus_and_fits_them(monkeypatch):
+    bucket = "65x512x512"
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+    said = run_module("tests.bench.vae_tpu_memory", "--part", "tiling", "--bucket", bucket, minutes=60)
+    state, temporaries = re.search(rf"\| {bucket} \| .* \| (\S+) GiB \| (\S+) GiB \|", said).groups()
+    assert float(state) + float(temporaries) <= 95  # of a v5p
 
 
 # --- Runs ----------------------------------------------------------------------------------------------------------------------
