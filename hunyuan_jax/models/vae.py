@@ -241,7 +241,8 @@ def frame_causal_attention(
             ahead = start // frame_size > frame_of_query[-1]
             return jax.lax.cond(ahead, lambda state, *_: state, meet, state, keys, values, start), None
 
-        nothing = jnp.zeros((batch, block, channels), jnp.float32), jnp.zeros((batch, block)), jnp.full((batch, block), -jnp.inf)
+        state = functools.partial(jnp.full, dtype=jnp.float32)
+        nothing = state((batch, block, channels), 0.0), state((batch, block), 0.0), state((batch, block), -jnp.inf)
         (total, weight, _), _ = jax.lax.scan(step, nothing, (k, v, block * jnp.arange(count)))
         return (total / weight[..., None]).astype(v.dtype)
 
