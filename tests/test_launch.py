@@ -36,7 +36,8 @@ if "fail" in rest and not (run / "go").exists():
 """
 
 DRIVER = """
-import importlib.util, json, pathlib, sys
+import importlib.util, json, pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has switched off for what it runs in the background
 spec = importlib.util.spec_from_file_location("quickstart", sys.argv[1])
 quickstart = importlib.util.module_from_spec(spec)
 sys.modules["quickstart"] = quickstart
