@@ -16,14 +16,14 @@ from typing import Any
 import apache_beam as beam
 
 from data_prep.split import Shot
+from hunyuan_jax.data.captions import PROMPT_FIELDS, Caption
+from hunyuan_jax.errors import UserError
 
 CAMERA_LABELS = (
     *("zoom in", "zoom out", "pan up", "pan down", "pan left", "pan right", "tilt up", "tilt down", "tilt left", "tilt right"),
     *("around left", "around right", "static shot", "handheld shot"),
 )
-FIELDS = ("short", "dense", "background", "style", "shot_type", "lighting", "atmosphere", "camera_motion")
 _MAX_BYTES = 4 * 2**20
-_MAX_LETTERS = 4000
 
 
 class SidecarError(Exception):
@@ -44,7 +44,7 @@ class Described:
     start_seconds: float
     end_seconds: float
     camera: str
-    caption: dict[str, str]
+    caption: dict[str, Any]
 
 
 def read_sidecar(path: Path) -> list[Described]:
@@ -76,20 +76,12 @@ def _described(number: int, entry: Any) -> Described:
         raise SidecarError(f"{where} has the camera {str(camera)[:40]!r}, which is none of the {len(CAMERA_LABELS)} labels.")
     if not isinstance(caption, dict) or not isinstance(caption.get("short"), str) or not caption["short"].strip():
         raise SidecarError(f'{where} should have a caption with at least "short".')
-    fields = {name: caption[name] for name in FIELDS if name in caption}
-    for name, text in fields.items():
-        if not isinstance(text, str) or len(text) > _MAX_LETTERS or not _is_text(text):
-            raise SidecarError(f"{where} has a caption whose {name!r} is no text of at most {_MAX_LETTERS} letters.")
-    return Described(start_seconds=float(start), end_seconds=float(end), camera=camera, caption=fields)
-
-
-def _is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8; JSON can smuggle in halves of surrogate pairs."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        checked = Caption(**{name: caption[name] for name in PROMPT_FIELDS if name in caption})
+    except UserError as error:
+        raise SidecarError(f"{where}: {error}") from error
+    fields = {name: value for name in PROMPT_FIELDS if (value := getattr(checked, name))}
+    return Described(start_seconds=float(start), end_seconds=float(end), camera=camera, caption=fields)
 
 
 def overlap(first: tuple[float, float], second: tuple[float, float]) -> float:

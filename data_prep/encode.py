@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from hunyuan_jax.checkpoint import load_params, read_model
 from hunyuan_jax.codec import Codec, TextConfig
 from hunyuan_jax.data import records
 from hunyuan_jax.data.buckets import Bucket
-from hunyuan_jax.data.captions import make_prompt
+from hunyuan_jax.data.captions import Caption
 from hunyuan_jax.data.dataset import Dataset, open_dataset, sha256_of, write_index, write_shard
+from hunyuan_jax.data.prompts import PromptConfig, make_prompt, prompt_variants
 from hunyuan_jax.data.transforms import fit_to_bucket
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.models.vae import VAE, LatentMoments, Posterior, VAEConfig, abstract_params, whitened
@@ -38,12 +40,15 @@ from hunyuan_jax.video_io import read_video
 
 Encoder = Callable[[np.ndarray], Posterior]  # frames [B, T, H, W, 3] in [-1, 1] to their posterior
 
-FORMAT = 3  # part of every fingerprint; raised when the same inputs would give other records
+FORMAT = 4  # part of every fingerprint; raised when the same inputs would give other records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """What is encoded: buckets, the text side, and the caption fields of each prompt variant.
+    """What is encoded: buckets, the text side, and the prompts of a clip.
+
+    `prompts` names the caption fields of each prompt; or `assemble`, a `PromptConfig` (data/prompts.py), draws up to `variants` different
+    ones for each clip, by `seed` and the clip's id. Training takes one of them anew each epoch, and drops some itself.
 
     With a `whitening_ridge` above 0 the VAE's latents are whitened (`whitened` in models/vae.py) by their moments over the first
     `measure_clips` clips: a small VAE puts nearly all variance into a few directions, brightness above all, and what the others
@@ -56,6 +61,9 @@ class EncodeConfig:
     buckets: tuple[Any, ...]
     text: Any
     prompts: tuple[tuple[str, ...], ...] = (("short",),)
+    assemble: Any = None
+    variants: int = 4
+    seed: int = 0
     clips_per_shard: int = 512
     whitening_ridge: float = 0.0
     measure_text: bool = False
@@ -86,7 +94,7 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
         moments = measure_latents(clips, encoder, buckets, limit=config.measure_clips)
         white = jax.tree.map(jnp.asarray, whitened(vae[1], moments, ridge=config.whitening_ridge))
         codec = dataclasses.replace(codec, vae=dataclasses.replace(codec.vae, scaling_factor=1.0), vae_params=white)
-    prompts = {n: [make_prompt(row_caption(row), fields) for fields in config.prompts] for n, row in enumerate(clips.rows)}
+    prompts = prompts_of(clips.rows, config)
     distinct = sorted({prompt for variants in prompts.values() for prompt in variants})
     if config.measure_text:
         codec = codec.with_text_statistics(distinct)
@@ -116,6 +124,25 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
     write_index(output, kind="Latent", rows=rows, shards=shards, made_from=made_from)
     for stale in set(output.glob("*.array_record*")) - {output / p.name for p in pieces}:
         stale.unlink()
+
+
+def bytes_of_a_clip(vae: VAEConfig, config: EncodeConfig) -> tuple[int, int]:
+    """What a clip that fits all buckets takes: its posteriors, and at most its text states, which each bucket has of its own."""
+    buckets = [build(Bucket, section, where="buckets") for section in config.buckets]
+    text = build(TextConfig, config.text, where="text")
+    item = np.dtype(ml_dtypes.bfloat16).itemsize
+    variants = len(config.prompts) if config.assemble is None else config.variants
+    latents = sum(2 * item * math.prod(vae.latent_shape(*bucket.shape)) for bucket in buckets)
+    return latents, len(buckets) * variants * item * text.width * (text.max_tokens + 1)
+
+
+def prompts_of(rows: Sequence[dict[str, Any]], config: EncodeConfig) -> dict[int, list[str]]:
+    """The prompts of each clip of a manifest, by row number. Raises `UserError` for a caption that is none."""
+    if config.assemble is None:
+        return {n: [make_prompt(row_caption(row), fields) for fields in config.prompts] for n, row in enumerate(rows)}
+    assemble = build(PromptConfig, config.assemble, where="assemble")
+    draw = functools.partial(prompt_variants, config=assemble, seed=config.seed, count=config.variants)
+    return {n: list(draw(Caption.from_json(row_caption(row)), sample_id=row["id"])) for n, row in enumerate(rows)}
 
 
 def row_caption(row: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +270,8 @@ def main(argv: list[str]) -> None:
         return
     output.mkdir(parents=True, exist_ok=True)
     print(f"encode: {len(clips.rows)} clips from {clips.folder} into {output}, {len(config.buckets)} buckets")
+    latents, texts = bytes_of_a_clip(vae[0], config)
+    print(f"encode: a clip in all buckets takes {latents:,} bytes of latents and at most {texts:,} of text states")
     encode(clips, vae, output, config=config)
 
 

@@ -197,7 +197,8 @@ def test_a_killed_run_leaves_the_old_dataset_and_the_next_one_ends_as_if_nothing
         (b"[" * 100_000, "no JSON"),
         (b'{"shots": [{"start_seconds": 2, "end_seconds": 1}]}', "start_seconds before"),
         (b'{"shots": [{"start_seconds": 0, "end_seconds": 2, "camera": "<b>", "caption": {"short": "x"}}]}', "none of the 14 labels"),
-        (b'{"shots": [{"start_seconds": 0, "end_seconds": 2, "caption": {"short": "\\ud800"}}]}', "no text"),
+        (b'{"shots": [{"start_seconds": 0, "end_seconds": 2, "caption": {"short": "\\ud800"}}]}', "half of a surrogate"),
+        (b'{"shots": [{"start_seconds": 0, "end_seconds": 2, "caption": {"short": "x", "quality_tags": "sharp"}}]}', "list of short texts"),
     ],
 )
 def test_a_malformed_sidecar_costs_the_caption_and_not_the_clip(pair: Path, tmp_path: Path, content: bytes, reason: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from data_prep.encode import EncodeConfig, bytes_of_a_clip
 from hunyuan_jax import convert, evaluate, generate
 from hunyuan_jax.checkpoint import load_params
 from hunyuan_jax.data.dataset import open_dataset
@@ -22,6 +23,7 @@ from hunyuan_jax.metrics import read_metrics
 from hunyuan_jax.models.dit import DiT
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.sampling import SamplingConfig
+from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.t2v import encode_texts
 from hunyuan_jax.train import train
 from hunyuan_jax.video_io import read_video
@@ -72,6 +74,19 @@ def test_latents_hold_every_clip_in_every_bucket_it_fits(world):
     record = latents.read([0])[0]
     assert record.mean.shape == (4, 8, 8, 16)
     assert record.texts[0].prompt == json.loads(clips.rows[0]["caption"])["short"]
+
+
+def test_encoding_says_before_what_a_clip_takes(world):
+    latents = open_dataset(world / "latents", kind="Latent")
+    clip = latents.rows[0]["id"].split("/")[0]
+    found = latents.read([n for n, row in enumerate(latents.rows) if row["id"].startswith(clip)])
+    config = build(EncodeConfig, quickstart.get_config("encode"), where="encode")
+    said_latents, said_texts = bytes_of_a_clip(TINY_VAE, config)
+    assert said_latents == sum(x.nbytes for record in found for x in (record.mean, record.logvar))
+    most = said_texts / len(found)
+    for record in found:
+        (text,) = record.texts
+        assert text.txt.nbytes + text.pooled.nbytes == most - (8 - len(text.txt)) * text.pooled.nbytes
 
 
 def test_encoding_again_does_nothing_and_a_lost_shard_comes_back_the_same(world):
