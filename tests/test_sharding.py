@@ -11,9 +11,10 @@ from jax.sharding import AbstractMesh
 
 from configs import t2v_13b
 from hunyuan_jax.errors import UserError
-from hunyuan_jax.models import layouts
+from hunyuan_jax.models import layouts, text_encoders
 from hunyuan_jax.models.critics import DiscriminatorConfig, init_discriminator
 from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.models.text_encoders import CLIPTextConfig, TextTowerConfig
 from hunyuan_jax.models.vae import VAEConfig, abstract_params
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import PARAM_RULES, param_shardings, path_of, rule_for, split_rows
@@ -30,7 +31,8 @@ def abstract_dit():
 @pytest.fixture(scope="module")
 def trees():
     critic = jax.eval_shape(lambda: init_discriminator(DiscriminatorConfig(), jax.random.key(0)))
-    return {"dit": abstract_dit(), "vae": abstract_params(VAEConfig()), "critic": critic}
+    text = {"tower": text_encoders.abstract_params(TextTowerConfig()), "clip": text_encoders.abstract_params(CLIPTextConfig())}
+    return {"dit": abstract_dit(), "vae": abstract_params(VAEConfig()), "critic": critic, **text}
 
 
 @pytest.fixture(scope="module")

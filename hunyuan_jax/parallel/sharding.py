@@ -30,8 +30,15 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # The VAE's critic: convolutions over their output channels.
     (r"(level_\d|logits)/patch/kernel$", (None, None, None, None, "fsdp")),
     (r"(level_\d|logits)/patch/bias$", (None,)),
-    # Norms of the DiT and the VAE.
+    # Norms of the DiT, the VAE and CLIP.
     (r"(norm\d?|conv_norm_out)/(scale|bias)$", (None,)),
+    # The text encoders, whose fc1 and fc2 are named as the DiT's: embeddings with their words as what is split.
+    (r"(q|k|v|gate|up)_proj/kernel$", ("fsdp", "tensor")),
+    (r"(o|out|down)_proj/kernel$", ("tensor", "fsdp")),
+    (r"(q|k|v|out)_proj/bias$", (None,)),
+    (r"(embed_tokens|token_embedding)$", ("tensor", "fsdp")),
+    (r"position_embedding$", (None, None)),
+    (r"layernorm/weight$", (None,)),
 )
 
 BATCH_AXES = ("data", "fsdp")
