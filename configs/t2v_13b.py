@@ -1,9 +1,14 @@
 """The 13B text-to-video ladder: the full HunyuanVideo DiT, trained from small images to 720p video.
 
-    python -m hunyuan_jax.train --config=configs/t2v_13b.py:STAGE --workdir DIR
+    python -m data_prep.encode --config=configs/t2v_13b.py:encode_STAGE --clips CLIPS --vae VAE --output LATENTS \
+        --config.text.language=llava-llama-3-8b-v1_1-transformers --config.text.clip=clip-vit-large-patch14
+    python -m hunyuan_jax.train --config=configs/t2v_13b.py:STAGE --workdir DIR --config.data.path=LATENTS
 
 STAGE climbs image_256, image_512, video_256, video_360, video_540, video_720; images stay in every stage. The
 model is the same on every rung: 12,810,782,784 parameters without the guidance embedding, which only distillation adds.
+
+The language model and CLIP are folders of Hugging Face; any language model of the Llama layout will do, with model.text_dim as wide.
+Going on from released weights needs the released template: --config.text.template=t2v_video --config.text.max_tokens=0.
 """
 
 from typing import Any
@@ -21,11 +26,58 @@ STAGES: dict[str, Any] = {
     "video_720": {"steps": 20_000, "learning_rate": 2e-5, "shift": 7.0, "buckets": ((1, 960, 960, 256, 1.0), (129, 720, 1280, 32, 4.0))},
 }
 
+TEMPLATE = (
+    "Read the description of a film clip. Keep in mind who and what is in it, how everything looks and where it stands, what moves and "
+    "how, the light, the style and the mood, and what the camera does.\nDescription: {}"
+)
+DETAILS = ("background", "style", "shot_type", "lighting", "atmosphere", "camera_motion")
+
 
 def get_config(stage: str = "image_256") -> ConfigDict:
-    """The config of one stage of the ladder."""
-    if stage not in STAGES:
-        raise ValueError(f"configs/t2v_13b.py has the stages {', '.join(STAGES)}, not {stage!r}; write --config=configs/t2v_13b.py:STAGE.")
+    """The config of one stage of the ladder, or of the encoding for one."""
+    name = stage.removeprefix("encode_")
+    if name not in STAGES:
+        raise ValueError(
+            f"configs/t2v_13b.py has the stages {', '.join(STAGES)}, each of them with encode_ before it too, not {stage!r}; "
+            "write --config=configs/t2v_13b.py:STAGE."
+        )
+    return _train(name) if name == stage else _encode(name)
+
+
+def _encode(stage: str) -> ConfigDict:
+    """Clips to latents in the released tiles, and to the states of several prompts each."""
+    return ConfigDict(
+        {
+            "buckets": tuple(
+                {"frames": t, "height": h, "width": w, "batch": 1 if t > 1 else 8} for t, h, w, *_ in STAGES[stage]["buckets"]
+            ),
+            "text": {
+                "language": "",
+                "language_tokenizer": "",
+                "clip": "",
+                "clip_tokenizer": "",
+                "template": TEMPLATE,
+                "template_file": "",
+                "max_tokens": 256,
+                "skip_layers": 2,
+                "dtype": "bfloat16",
+            },
+            "assemble": {
+                "lengths": {
+                    "short": {"weight": 1.0, "fields": ("short",)},
+                    "medium": {"weight": 1.0, "fields": ("short",), "extras": DETAILS, "extra_count": (1, 3)},
+                    "long": {"weight": 2.0, "fields": ("dense", *DETAILS)},
+                },
+                "keep": dict.fromkeys(DETAILS, 0.8),
+            },
+            "variants": 4,
+            "clips_per_shard": 256,
+            "tiling": {"tile": (64, 256, 256), "overlap": (16, 64, 64)},
+        }
+    )
+
+
+def _train(stage: str) -> ConfigDict:
     of_stage = STAGES[stage]
     frames, height, width = of_stage["buckets"][-1][:3]
     return ConfigDict(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hunyuan_jax import convert
 from hunyuan_jax.checkpoint import load_params, read_model
-from hunyuan_jax.codec import Codec, TextConfig
+from hunyuan_jax.codec import Codec, text_config
 from hunyuan_jax.data import records
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.captions import Caption
@@ -83,7 +83,7 @@ class Piece:
 def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: EncodeConfig) -> None:
     """Writes the latent dataset of `clips` into `output`, or what is missing of it."""
     buckets = [build(Bucket, section, where=f"buckets[{i}]") for i, section in enumerate(config.buckets)]
-    text = build(TextConfig, config.text, where="text")
+    text = text_config(config.text).resolved()
     codec = Codec(vae[0], jax.tree.map(jnp.asarray, vae[1]), text)
     # The parameters are an argument: measuring and encoding share what is compiled for the longest bucket.
     encode_frames: Any = jax.jit(lambda params, frames: VAE(vae[0]).apply({"params": params}, frames, method="encode"))
@@ -104,7 +104,7 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
         "clips": sha256_of(clips.folder / "dataset.json"),
         "vae": fingerprint_vae(*vae),
         "codec": codec.fingerprint(output / "codec"),
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "config": identity(config),
     }
     pieces = plan_pieces(clips, buckets, made_from, clips_per_shard=config.clips_per_shard)
     states = dict(zip(distinct, codec.encode_prompts(distinct), strict=True))
@@ -129,11 +129,11 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
 def bytes_of_a_clip(vae: VAEConfig, config: EncodeConfig) -> tuple[int, int]:
     """What a clip that fits all buckets takes: its posteriors, and at most its text states, which each bucket has of its own."""
     buckets = [build(Bucket, section, where="buckets") for section in config.buckets]
-    text = build(TextConfig, config.text, where="text")
+    text = text_config(config.text).resolved()
     item = np.dtype(ml_dtypes.bfloat16).itemsize
     variants = len(config.prompts) if config.assemble is None else config.variants
     latents = sum(2 * item * math.prod(vae.latent_shape(*bucket.shape)) for bucket in buckets)
-    return latents, len(buckets) * variants * item * text.width * (text.max_tokens + 1)
+    return latents, len(buckets) * variants * item * (text.kept_tokens * text.width + text.pooled_width)
 
 
 def prompts_of(rows: Sequence[dict[str, Any]], config: EncodeConfig) -> dict[int, list[str]]:
@@ -241,6 +241,12 @@ def fingerprint_vae(config: VAEConfig, params: Any) -> str:
     return digest.hexdigest()
 
 
+def identity(config: EncodeConfig) -> dict[str, Any]:
+    """The config as JSON has it, its text side with what the encoders hold and not where they lie."""
+    said = dataclasses.asdict(config) | {"text": text_config(config.text).resolved().identity()}
+    return json.loads(json.dumps(said))  # type: ignore[no-any-return]
+
+
 def is_done(output: Path, clips: Path, vae: tuple[VAEConfig, Any], config: EncodeConfig) -> bool:
     """Whether `output` already holds the whole dataset made from these clips, this VAE and this config."""
     try:
@@ -251,7 +257,7 @@ def is_done(output: Path, clips: Path, vae: tuple[VAEConfig, Any], config: Encod
         made_from.get("format") == FORMAT
         and made_from.get("vae") == fingerprint_vae(*vae)
         and made_from.get("clips") == sha256_of(clips / "dataset.json")
-        and made_from.get("config") == json.loads(json.dumps(dataclasses.asdict(config)))
+        and made_from.get("config") == identity(config)
     )
 
 

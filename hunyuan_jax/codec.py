@@ -1,7 +1,9 @@
-"""What stands between the world and the DiT: the VAE for frames and the text tower for prompts, kept as one folder.
+"""What stands between the world and the DiT: the VAE for frames and the text towers for prompts, kept as one folder.
 
     FOLDER/vae/        config.json and weights in the released layout; its latents, times its scaling_factor, have unit variance
-    FOLDER/text.json   the tower's sizes, its seed, the template, the number of tokens kept, and statistics of its states
+    FOLDER/text.json   a random tower's sizes, seed, template and statistics (`TextConfig`), or which encoders with weights of their
+                       own there are, where they lie, and fingerprints of them (`TowersConfig` in text_towers.py)
+    FOLDER/empty.safetensors   with such encoders, the states of the empty prompt: training needs no others
 
 Encoding writes the codec beside the latents, training copies it beside its checkpoints, and generation reads it there: a model
 is never used with another codec than the one it was trained on.
@@ -9,6 +11,7 @@ is never used with another codec than the one it was trained on.
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,10 +31,13 @@ from hunyuan_jax.models.text_encoders import TextTower, TextTowerConfig
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.models.vae_tiling import Tiling, decode_tiled
 from hunyuan_jax.settings import build
+from hunyuan_jax.tensor_files import open_tensors, write_safetensors
+from hunyuan_jax.text_towers import TextTowers, TowersConfig
 from hunyuan_jax.weights import weights_of
 
 BOS, EOS, PAD = 256, 257, 258  # the byte tokenizer's ids above the 256 bytes
 PROMPTS_AT_ONCE = 64
+EMPTY = "empty.safetensors"
 Tokens = Literal["bytes", "words"]
 Pooled = Literal["last", "mean"]
 STATISTICS = ("txt_mean", "txt_std", "pooled_mean", "pooled_std")
@@ -83,6 +89,23 @@ class TextConfig:
         return self.tower_config.width
 
     @property
+    def pooled_width(self) -> int:
+        return self.width
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the states of a prompt."""
+        return dataclasses.asdict(self) | {"tower": dict(self.tower)}
+
+    def resolved(self) -> "TextConfig":
+        """As it is: nothing that it needs lies elsewhere."""
+        return self
+
+    @property
+    def kept_tokens(self) -> int:
+        """The most tokens that are kept of a prompt."""
+        return self.max_tokens
+
+    @property
     def crop_start(self) -> int:
         """Tokens that stand before the prompt."""
         return 1 + len(self.template.split("{}")[0].encode())
@@ -98,25 +121,45 @@ class TextConfig:
         return tokens, mask
 
 
+def text_config(section: Mapping[str, Any]) -> TextConfig | TowersConfig:
+    """The text side that a section describes: encoders with weights of their own where it names a `language` model."""
+    if "language" in section:
+        return build(TowersConfig, section, where="text")
+    return build(TextConfig, section, where="text")
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """A VAE and a text tower, ready to use."""
+    """A VAE and text towers, ready to use; towers are loaded when the first prompt needs them. `empty` is the empty prompt's states."""
 
     vae: VAEConfig
     vae_params: Any
-    text: TextConfig
+    text: TextConfig | TowersConfig
+    empty: TextStates | None = None
+
+    @functools.cached_property
+    def _towers(self) -> TextTowers:
+        assert isinstance(self.text, TowersConfig)
+        return self.text.load()
 
     @functools.cached_property
     def text_params(self) -> Any:
+        assert isinstance(self.text, TextConfig)
         tokens, mask = self.text.tokenize(["a"])
         return jax.jit(TextTower(self.text.tower_config).init)(jax.random.key(self.text.seed), tokens, mask)["params"]
 
     @functools.cached_property
     def _tower(self) -> Any:
-        return jax.jit(lambda params, tokens, mask: TextTower(self.text.tower_config).apply({"params": params}, tokens, mask))
+        assert isinstance(self.text, TextConfig)
+        tower = TextTower(self.text.tower_config)
+        return jax.jit(lambda params, tokens, mask: tower.apply({"params": params}, tokens, mask))
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextStates]:
         """The text states of prompts: the valid tokens after the crop, and the pooled vector."""
+        if isinstance(self.text, TowersConfig):
+            if self.empty is not None and not any(prompts):
+                return [self.empty] * len(prompts)
+            return self._towers.encode(prompts)
         normal = {name: np.asarray(values, np.float32) for name, values in self.text.statistics.items()}
         out = []
         for prompt, txt, pooled in self._states(prompts):
@@ -127,7 +170,8 @@ class Codec:
         return out
 
     def _states(self, prompts: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Each prompt with its tokens [L, D] and its pooled vector [D], in float32, not normalised."""
+        """Each prompt with its tokens [L, D] and its pooled vector [D] of the random tower, in float32, not normalised."""
+        assert isinstance(self.text, TextConfig)
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             group = list(prompts[start : start + PROMPTS_AT_ONCE])
             tokens, mask = self.text.tokenize(group + [""] * (PROMPTS_AT_ONCE - len(group)))  # one shape, one compilation
@@ -139,8 +183,19 @@ class Codec:
                 txt = np.add.reduceat(kept, starts, axis=0) / sizes[:, None]
                 yield prompt, txt[: self.text.max_tokens], kept[-1] if self.text.pooled == "last" else kept.mean(axis=0)
 
+    def with_towers_at(self, places: Mapping[str, str]) -> "Codec":
+        """The same codec with the parts of its text side, such as `language` or `clip`, in other folders."""
+        if not places:
+            return self
+        if not isinstance(self.text, TowersConfig):
+            raise UserError(f"The model's text tower is made from a seed; there is no {', '.join(places)} to name a folder for.")
+        moved: dict[str, Any] = dict(places)
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, **moved))
+
     def with_text_statistics(self, prompts: Sequence[str]) -> "Codec":
         """This codec with the statistics of its states over `prompts`, which must not all be alike."""
+        if not isinstance(self.text, TextConfig):
+            raise UserError("text: statistics are for random towers; set measure_text to False with encoders that have weights.")
         _, txts, pooled = zip(*self._states(prompts), strict=True)
         arrays = {"txt": np.concatenate(txts), "pooled": np.stack(pooled)}
         measured = {f"{name}_{what}": getattr(x, what)(axis=0) for name, x in arrays.items() for what in ("mean", "std")}
@@ -160,11 +215,20 @@ class Codec:
 
     def save(self, folder: Path) -> None:
         convert.write(weights_of(self.vae, self.vae_params), folder / "vae", "diffusers")
-        write_json(folder / "text.json", dataclasses.asdict(self.text) | {"tower": dict(self.text.tower)})
+        if isinstance(self.text, TowersConfig):
+            write_json(folder / "text.json", dataclasses.asdict(self.text))
+            (empty,) = self.encode_prompts([""])
+            states = {"txt": empty.txt, "pooled": empty.pooled}
+            write_safetensors(folder / EMPTY, states, states.values())
+        else:
+            write_json(folder / "text.json", self.text.identity())
 
     def fingerprint(self, folder: Path) -> dict[str, str]:
-        """What identifies the codec saved in `folder`."""
-        return {"vae": sha256_of(folder / "vae" / convert.VAE_WEIGHTS), "text": sha256_of(folder / "text.json")}
+        """What identifies the codec saved in `folder`, wherever its towers lie."""
+        text = sha256_of(folder / "text.json")
+        if isinstance(self.text, TowersConfig):
+            text = hashlib.sha256(json.dumps(self.text.identity(), sort_keys=True).encode()).hexdigest()
+        return {"vae": sha256_of(folder / "vae" / convert.VAE_WEIGHTS), "text": text}
 
 
 def word_starts(ids: np.ndarray) -> np.ndarray:
@@ -182,4 +246,8 @@ def load_codec(folder: Path) -> Codec:
     except ValueError as error:
         raise UserError(f"{folder / 'text.json'} cannot be read: {error}.") from error
     vae, params = convert.load(folder / "vae", component="vae")
-    return Codec(vae, jax.tree.map(jnp.asarray, params), build(TextConfig, text, where="text"))
+    side, empty = text_config(text), None
+    if isinstance(side, TowersConfig):
+        states = {name: tensor.read() for name, tensor in open_tensors(folder / EMPTY).tensors.items()}
+        empty = TextStates(prompt="", txt=states["txt"], pooled=states["pooled"])
+    return Codec(vae, jax.tree.map(jnp.asarray, params), side, empty)

@@ -1,13 +1,14 @@
 """Prompts to videos: `python -m hunyuan_jax.generate --checkpoint DIR --prompt "a red circle moving left" --output DIR`.
 
 Reads the averaged weights, the codec and the sampling settings from the folder of a training run. `--prompts FILE` takes a text
-file with a prompt a line, or a `.jsonl` file with `{"prompt": ...}` a line, whose other fields are kept in the index. The noise
-of a video comes from the seed and the prompt's number alone, so any part of a list gives the same videos as the whole.
+file with a prompt a line, or a `.jsonl` file with `{"prompt": ...}` or a structured `{"caption": {...}}` a line, whose other fields are
+kept in the index. The noise of a video comes from the seed and the prompt's number alone, so any part of a list gives the same
+videos as the whole. The text encoders are those that the run's codec names; flags say where they lie on this machine.
 """
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,8 +20,9 @@ from tqdm import tqdm
 
 from hunyuan_jax.checkpoint import Kept, load_params, read_model
 from hunyuan_jax.codec import load_codec
-from hunyuan_jax.data.captions import clean_text
+from hunyuan_jax.data.captions import Caption, clean_text
 from hunyuan_jax.data.dataset import write_json
+from hunyuan_jax.data.prompts import full_prompt
 from hunyuan_jax.data.transforms import pad_texts, to_uint8
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.models.dit import DiTConfig
@@ -28,6 +30,7 @@ from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.sampling import SamplingConfig
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.tasks.t2v import T2VLossConfig, T2VTask, Text, encode_texts
+from hunyuan_jax.text_towers import PLACES
 from hunyuan_jax.video_io import write_video
 
 MAX_PROMPT_CHARACTERS = 4000
@@ -44,8 +47,11 @@ class Model:
     video: dict[str, Any]  # frames, height, width and fps it was trained on
 
 
-def load_model(workdir: Path, *, weights: Kept = "ema") -> Model:
-    """The model in a training run's folder. Raises `UserError` where there is none, or where it is of another task."""
+def load_model(workdir: Path, *, weights: Kept = "ema", places: Mapping[str, str] | None = None) -> Model:
+    """The model in a training run's folder; `places` says where text encoders lie that are not where they were.
+
+    Raises `UserError` where there is none, or where it is of another task.
+    """
     said = read_model(workdir)
     if said.get("task") != "t2v":
         raise UserError(f"{workdir} is a run of task {said.get('task')!r}; generation needs a run of task 't2v'.")
@@ -53,6 +59,7 @@ def load_model(workdir: Path, *, weights: Kept = "ema") -> Model:
     fingerprint = codec.fingerprint(workdir / "codec")
     if fingerprint != said["codec"]:
         raise UserError(f"The codec in {workdir / 'codec'} is not the one the model was trained with; copy it from the latents again.")
+    codec = codec.with_towers_at(places or {})
     task = T2VTask(
         model=build(DiTConfig, said["model"], where="model"),
         prediction=said.get("prediction", "velocity"),  # what runs predicted before they said so
@@ -91,8 +98,14 @@ def _read_prompt(line: str, *, where: str, as_json: bool) -> dict[str, Any]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: a JSON object was expected ({error}).") from error
+    if isinstance(row, dict) and "prompt" not in row and "caption" in row:
+        try:
+            caption = Caption.from_json(row["caption"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        row["prompt"] = full_prompt(caption)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f'{where}: an object with a "prompt" text was expected.')
+        raise UserError(f'{where}: an object with a "prompt" text or a "caption" object was expected.')
     if len(row["prompt"]) > MAX_PROMPT_CHARACTERS:
         raise UserError(f"{where}: the prompt has {len(row['prompt'])} characters; at most {MAX_PROMPT_CHARACTERS} are allowed.")
     return {**row, "prompt": clean_text(row["prompt"])}
@@ -163,13 +176,16 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_float("guidance", None, "The scale that a guidance-distilled model takes as an input.")
     flags.DEFINE_bool("guide_twice", False, "Allow two-pass guidance of a guidance-distilled model.")
     flags.DEFINE_float("vae_memory_gib", None, "Decode in the largest tiles that need no more of a device's memory.", lower_bound=0.0)
+    for place in PLACES:
+        flags.DEFINE_string(place, None, "Where it lies, if not where it was when clips were encoded.")
     flags.DEFINE_list("size", None, "frames,height,width; those of training where not given.")
     parse_flags(argv, required=("checkpoint", "output"))
     f = flags.FLAGS
     if (f.prompt is None) == (f.prompts is None):
         raise UserError("Give either --prompt or --prompts.")
     rows = read_prompts(Path(f.prompts)) if f.prompts else [_read_prompt(f.prompt, where="--prompt", as_json=False)]
-    model = load_model(Path(f.checkpoint), weights=f.weights)
+    places = {name: getattr(f, name) for name in PLACES if getattr(f, name) is not None}
+    model = load_model(Path(f.checkpoint), weights=f.weights, places=places)
     changed = {name: getattr(f, name) for name in ("steps", "shift", "cfg_scale", "guidance") if getattr(f, name) is not None}
     sampling = dataclasses.replace(model.task.sampling, **changed)
     check_guidance(model.task.model, changed, sampling, twice=f.guide_twice)

@@ -67,8 +67,7 @@ def load_text_tower(
     mesh, and each process reads its share of every tensor. Raises `UserError` for a model that `TextTower` is not, and where
     tensors are missing or of the wrong shape.
     """
-    given = _read_config(Path(path), kinds=("llama",))
-    config = _llama_config(given, skip_layers, dtype, where=f"{path}: config.json")
+    config = text_tower_config(path, skip_layers=skip_layers, dtype=dtype)
     return config, _load(Path(path), config, LLAMA_PREFIXES, shardings)
 
 
@@ -76,9 +75,18 @@ def load_clip_text(
     path: str | Path, *, dtype: Dtype = "float32", shardings: Mapping[str, NamedSharding] | None = None
 ) -> tuple[CLIPTextConfig, Any]:
     """Config and parameters of CLIP's text tower, as `load_text_tower` loads a language model."""
-    given = _read_config(Path(path), kinds=("clip_text_model", "clip"))
-    config = _clip_config(given, dtype, where=f"{path}: config.json")
+    config = clip_text_config(path, dtype=dtype)
     return config, _load(Path(path), config, CLIP_PREFIXES, shardings)
+
+
+def text_tower_config(path: str | Path, *, skip_layers: int = 2, dtype: Dtype = "float32") -> TextTowerConfig:
+    """What `load_text_tower` gives, but its parameters: config.json alone is read."""
+    return _llama_config(_read_config(Path(path), kinds=("llama",)), skip_layers, dtype, where=f"{path}: config.json")
+
+
+def clip_text_config(path: str | Path, *, dtype: Dtype = "float32") -> CLIPTextConfig:
+    """What `load_clip_text` gives, but its parameters."""
+    return _clip_config(_read_config(Path(path), kinds=("clip_text_model", "clip")), dtype, where=f"{path}: config.json")
 
 
 # --- What the model is ---------------------------------------------------------------------------------------------------------

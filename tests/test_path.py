@@ -235,6 +235,8 @@ def test_prompt_files_with_strange_bytes_are_refused_by_line(tmp_path):
         (b"\xff\xfe", "UTF-8"),
         (b"{}", "line 1"),
         (b'{"prompt": 3}', "line 1"),
+        (b'{"caption": {"short": 3}}', "line 1: Caption field 'short' must be text"),
+        (b'{"caption": {"shot": "a"}}', "line 1: .*short"),
         (b"[" * 100_000, "line 1"),
         (b"", "0 prompts"),
     ):
@@ -243,6 +245,9 @@ def test_prompt_files_with_strange_bytes_are_refused_by_line(tmp_path):
             generate.read_prompts(file)
     file.write_text('{"prompt": "a\\u0000 red\\ncircle", "seen": true}\n')
     assert generate.read_prompts(file) == [{"prompt": "a red circle", "seen": True}]
+    caption = {"short": "a dog", "dense": "a dog runs", "lighting": "evening sun"}
+    file.write_text(json.dumps({"caption": caption}))
+    assert generate.read_prompts(file) == [{"prompt": "a dog runs, evening sun", "caption": caption}]
 
 
 def test_a_killed_training_run_continues_to_the_same_parameters(world, trained, tmp_path):

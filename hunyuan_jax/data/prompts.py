@@ -37,6 +37,12 @@ def make_prompt(caption: Mapping[str, Any], fields: Sequence[str]) -> str:
     return _joined(Caption(**named), fields)
 
 
+def full_prompt(caption: Caption) -> str:
+    """All that a caption says, its dense description or, without one, the short one first."""
+    described = "dense" if caption.dense else "short"
+    return _joined(caption, [described, *(name for name in PROMPT_FIELDS if name not in _DESCRIPTIONS)])
+
+
 def _joined(caption: Caption, names: Sequence[str]) -> str:
     prompt = ""
     for part in filter(None, (caption.words(name) for name in names)):

@@ -99,11 +99,12 @@ class T2VTask:
         model = build(DiTConfig, config.model, where="model")
         folder = dataset.folder / "codec"
         codec = load_codec(folder)
-        width = codec.text.width
-        if (model.text_dim, model.pooled_dim, model.in_channels) != (width, width, codec.vae.latent_channels):
+        here = model.text_dim, model.pooled_dim, model.in_channels
+        there = codec.text.width, codec.text.pooled_width, codec.vae.latent_channels
+        if here != there:
             raise UserError(
-                f"model: text_dim, pooled_dim and in_channels are {model.text_dim}, {model.pooled_dim} and {model.in_channels}, but the "
-                f"latents in {dataset.folder} were encoded with {width}, {width} and {codec.vae.latent_channels}; set them alike."
+                "model: text_dim, pooled_dim and in_channels are {}, {} and {}, but the latents in {} were encoded with "
+                "{}, {} and {}; set them alike.".format(*here, dataset.folder, *there)
             )
         prediction = config.get("prediction", "velocity")
         if prediction not in get_args(Prediction):

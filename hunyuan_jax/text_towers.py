@@ -1,0 +1,218 @@
+"""Prompts to text states through encoders with weights of their own: a language model for tokens, CLIP for one vector of the whole.
+
+    template with the prompt -> tokens, the tail cut off -> language model -> states after the instruction's tokens   txt [L, D]
+    the prompt alone -> at most 77 tokens -> CLIP -> the state at the end of the text                                 pooled [P]
+
+Cropping and cutting are the released pipeline's. Only valid tokens are kept, so that what a prompt gives does not depend on padding.
+Models and tokenizers are folders as transformers saves them; no code in them is run. Paper section 4.2 ("Text encoder").
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hunyuan_jax.data.dataset import sha256_of
+from hunyuan_jax.data.records import TextStates
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.text_encoders import CLIPText, CLIPTextConfig, Dtype, TextTower, TextTowerConfig, abstract_params
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import param_shardings
+from hunyuan_jax.templates import RELEASED, Template, released_template
+from hunyuan_jax.text_weights import clip_text_config, load_clip_text, load_text_tower, text_tower_config
+
+LENGTH_STEP = 64  # tokens are padded to a multiple of this many, so that few programs are compiled
+FINGERPRINTED = ("*.safetensors", "*.bin", "*.pt", "*.json", "*.txt", "*.model")  # what decides a folder's states
+
+
+# The fields of `TowersConfig` that say where something lies; they decide nothing about the states.
+PLACES = ("language", "clip", "language_tokenizer", "clip_tokenizer", "template_file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """Which encoders, and what the language model is told.
+
+    `language` and `clip` are folders with weights, `language_tokenizer` and `clip_tokenizer` those of their tokenizers, the same where
+    empty. `template` is the name of a released one (templates.py), read from `template_file` where that names a file, or a text of your
+    own with one `{}` for the prompt. Of a prompt at most `max_tokens` are kept; a released template has its own number, and 0 takes it.
+    The last `skip_layers` layers of the language model are left out.
+
+    `width`, `pooled_width` and `fingerprints`, of what the folders hold, are filled in by `resolved`; a config that has them loads no
+    other encoders.
+    """
+
+    language: str
+    clip: str
+    language_tokenizer: str = ""
+    clip_tokenizer: str = ""
+    template: str = "t2v_video"
+    template_file: str = ""
+    max_tokens: int = 0
+    skip_layers: int = 2
+    dtype: Dtype = "bfloat16"
+    prompts_at_once: int = 16
+    width: int = 0
+    pooled_width: int = 0
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.language or not self.clip:
+            raise UserError("text: language and clip must name the folders of a language model and of CLIP, as transformers saves them.")
+        released = self.template in RELEASED
+        if not released and (self.template.count("{}") != 1 or self.max_tokens < 1):
+            raise UserError(
+                f"text: template must be one of {', '.join(RELEASED)}, or a text with exactly one {{}} and max_tokens of at least 1; it is "
+                f"{self.template[:200]!r} with {self.max_tokens}."
+            )
+        if released and self.max_tokens:
+            raise UserError(f"text: the template {self.template} has its own number of tokens; leave max_tokens at 0.")
+        if self.prompts_at_once < 1:
+            raise UserError(f"text: prompts_at_once must be at least 1, not {self.prompts_at_once}.")
+
+    @property
+    def kept_tokens(self) -> int:
+        """The most tokens that are kept of a prompt."""
+        released = RELEASED.get(self.template)
+        return self.max_tokens if released is None else released.max_tokens - released.crop_start
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where each of the four parts lies."""
+        return {
+            "language": Path(self.language),
+            "language_tokenizer": Path(self.language_tokenizer or self.language),
+            "clip": Path(self.clip),
+            "clip_tokenizer": Path(self.clip_tokenizer or self.clip),
+        }
+
+    @property
+    def language_config(self) -> TextTowerConfig:
+        return text_tower_config(self.language, skip_layers=self.skip_layers, dtype=self.dtype)
+
+    @property
+    def clip_config(self) -> CLIPTextConfig:
+        return clip_text_config(self.clip, dtype=self.dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the states of a prompt: all but where the parts lie. A released template is checked by hash, so its name will do."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in (*PLACES, "prompts_at_once")}
+
+    def resolved(self) -> "TowersConfig":
+        """With sizes and fingerprints of what is there. Raises `UserError` where a folder is missing, or has other contents than before."""
+        found = {name: _fingerprint(name, folder) for name, folder in self.folders.items()}
+        for name, digest in self.fingerprints.items():
+            if found[name] != digest:
+                raise UserError(
+                    f"text: {self.folders[name]} does not hold the {name.replace('_', ' ')} that was used before (SHA-256 "
+                    f"{found[name][:12]}... for {digest[:12]}...). Name the folder with the right one."
+                )
+        width, pooled_width = self.language_config.width, self.clip_config.width
+        return dataclasses.replace(self, fingerprints=found, width=width, pooled_width=pooled_width)
+
+    def load(self) -> "TextTowers":
+        """The encoders and their tokenizers, spread over this process's devices."""
+        resolved = self.resolved()
+        return TextTowers(resolved, make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices()))
+
+
+def _fingerprint(name: str, folder: Path) -> str:
+    """A hash of the files that decide what the part in a folder gives."""
+    files = sorted({path for pattern in FINGERPRINTED for path in folder.glob(pattern) if path.is_file()}) if folder.is_dir() else [folder]
+    if not files or not files[0].exists():
+        lacks = f"holds none of {', '.join(FINGERPRINTED)}" if folder.is_dir() else "does not exist"
+        raise UserError(
+            f"text: the {name.replace('_', ' ')} is missing: {folder.absolute()} {lacks}. "
+            "Save it there with save_pretrained of transformers, or name the folder that has it."
+        )
+    return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in files).encode()).hexdigest()
+
+
+class TextTowers:
+    """Encoders and tokenizers, ready to use on the devices of `mesh`."""
+
+    def __init__(self, config: TowersConfig, mesh: Mesh) -> None:
+        self.config, self._mesh = config, mesh
+        self._language, self._clip = config.language_config, config.clip_config
+        by_path = lambda sizes: traverse_util.flatten_dict(param_shardings(abstract_params(sizes), mesh), sep="/")  # noqa: E731
+        how: dict[str, Any] = {"dtype": config.dtype}
+        language = load_text_tower(config.language, skip_layers=config.skip_layers, shardings=by_path(self._language), **how)
+        self._params = language[1], load_clip_text(config.clip, shardings=by_path(self._clip), **how)[1]
+        folders = config.folders
+        self._tokenizer = _load_tokenizer(folders["language_tokenizer"])
+        self._clip_tokenizer = _load_tokenizer(folders["clip_tokenizer"])
+        self.template = self._own_template() if config.template not in RELEASED else self._released_template()
+
+    def _released_template(self) -> Template:
+        file = Path(self.config.template_file) if self.config.template_file else None
+        return released_template(self.config.template, file=file)
+
+    def _own_template(self) -> Template:
+        first, second = (self._tokenizer(self.config.template.replace("{}", prompt))["input_ids"] for prompt in ("a", "z"))
+        crop = next(n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)  # the tokens that no prompt changes
+        return Template(text=self.config.template, crop_start=crop, max_tokens=crop + self.config.max_tokens)
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """What the language model reads: the template with each prompt, at most its number of tokens, without padding."""
+        before, after = self.template.text.split("{}")
+        texts = [before + prompt + after for prompt in prompts]
+        return list(self._tokenizer(texts, truncation=True, max_length=self.template.max_tokens)["input_ids"])
+
+    def tokenize_for_clip(self, prompts: Sequence[str]) -> np.ndarray:
+        """What CLIP reads: tokens [B, max_positions], padded as its tokenizer pads."""
+        length = self._clip.max_positions
+        tokens = self._clip_tokenizer(list(prompts), truncation=True, max_length=length, padding="max_length")["input_ids"]
+        return np.asarray(tokens, np.int32)
+
+    def encode(self, prompts: Sequence[str]) -> list[TextStates]:
+        """The text states of prompts, in bfloat16: valid tokens after the template's instruction, and CLIP's vector."""
+        out: dict[int, TextStates] = {}
+        tokens = self.tokenize(prompts)
+        at_once = self.config.prompts_at_once
+        by_length = sorted(range(len(prompts)), key=lambda n: len(tokens[n]))  # alike ones together: less padding
+        for start in range(0, len(prompts), at_once):
+            numbers = by_length[start : start + at_once]
+            filled = numbers + [numbers[-1]] * (at_once - len(numbers))  # one number of prompts, one compilation
+            txt, pooled = self._states([tokens[n] for n in filled], self.tokenize_for_clip([prompts[n] for n in filled]))
+            for row, n in enumerate(numbers):
+                kept = txt[row, self.template.crop_start : len(tokens[n])]
+                out[n] = TextStates(prompt=prompts[n], txt=kept.astype(ml_dtypes.bfloat16), pooled=pooled[row].astype(ml_dtypes.bfloat16))
+        return [out[n] for n in range(len(prompts))]
+
+    def _states(self, tokens: Sequence[Sequence[int]], clip_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        length = -(-max(map(len, tokens)) // LENGTH_STEP) * LENGTH_STEP
+        ids, mask = np.zeros((len(tokens), length), np.int32), np.zeros((len(tokens), length), bool)
+        for row, text in enumerate(tokens):
+            ids[row, : len(text)], mask[row, : len(text)] = text, True
+        states = self._run(self._params, ids, mask, clip_tokens)
+        return np.asarray(states[0], np.float32), np.asarray(states[1], np.float32)
+
+    @functools.cached_property
+    def _run(self) -> Any:
+        def run(params: Any, ids: jax.Array, mask: jax.Array, clip_tokens: jax.Array) -> tuple[Any, Any]:
+            txt: Any = TextTower(self._language).apply({"params": params[0]}, ids, mask)
+            clip: Any = CLIPText(self._clip).apply({"params": params[1]}, clip_tokens)
+            return txt, clip[1]
+
+        return jax.jit(run, out_shardings=NamedSharding(self._mesh, P()))
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # importing it takes seconds, and training needs no tokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"text: no tokenizer can be read from {folder.absolute()} (tokenizer.json and tokenizer_config.json were looked for): "
+            f"{str(error).splitlines()[0][:300]}"
+        ) from error

@@ -1,0 +1,233 @@
+"""Prompts through encoders with weights: the states are those of the released pipeline, and no others are ever taken for them."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import t2v_13b
+from data_prep.encode import EncodeConfig, identity, prompts_of
+from hunyuan_jax.codec import Codec, load_codec, text_config
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.vae import VAE, VAEConfig
+from hunyuan_jax.models.vae_tiling import Tiling
+from hunyuan_jax.settings import build
+from hunyuan_jax.templates import released_template
+from hunyuan_jax.text_towers import TowersConfig
+
+PROMPTS = ["a red circle moves left", "", "a blue square stands still " * 40, "green"]
+OWN = "A video is described here: {} <end>"
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A tiny language model and a tiny CLIP of transformers with their tokenizers, whose tokens are words, and spaces, of any text."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def tokenizer(end: str, *, both: bool):
+        words = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words.decoder = tokenizers.decoders.ByteLevel()
+        specials = ["<unk>", "<begin>", "<pad>", "<end>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=400, special_tokens=specials, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        )
+        words.train_from_iterator([*PROMPTS, "red green blue circle square video describe the following"], trainer)
+        begin = ("<begin>", words.token_to_id("<begin>"))
+        ends = [(end, words.token_to_id(end))] if both else []
+        words.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<begin> $A" + f" {end}" * both, special_tokens=[begin, *ends]
+        )
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, bos_token="<begin>", pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="right"
+        )
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "intermediate_size": 48, "num_attention_heads": 4}
+    llama = transformers.LlamaModel(
+        transformers.LlamaConfig(hidden_size=32, num_hidden_layers=4, num_key_value_heads=2, rope_theta=5e5, **sizes)
+    )
+    clip = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            hidden_size=24, num_hidden_layers=2, max_position_embeddings=16, bos_token_id=1, eos_token_id=3, **sizes
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in [*llama.named_parameters(), *clip.named_parameters()]:
+            parameter.normal_(float("norm" in name and name.endswith("weight")), 0.2)
+    return {"language": (llama.eval(), tokenizer("<end>", both=False)), "clip": (clip.eval(), tokenizer("<end>", both=True))}
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, (model, tokenizer) in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(folders):
+    return TowersConfig(language=str(folders / "language"), clip=str(folders / "clip"), dtype="float32", prompts_at_once=3)
+
+
+@pytest.fixture(scope="module")
+def encoded(config):
+    return config.load().encode(PROMPTS)
+
+
+def relative_error(ours, theirs) -> float:
+    return float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
+
+
+def theirs_of(models, template, crop_start: int, kept: int):
+    """The released pipeline's own functions on these models: states, mask, and CLIP's vectors."""
+    import torch
+    from diffusers import HunyuanVideoPipeline
+
+    pipeline = HunyuanVideoPipeline.__new__(HunyuanVideoPipeline)
+    for name, suffix in (("language", ""), ("clip", "_2")):
+        for part, value in zip(("text_encoder", "tokenizer"), models[name], strict=True):
+            object.__setattr__(pipeline, part + suffix, value)
+    how = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with torch.no_grad():
+        states, mask = pipeline._get_llama_prompt_embeds(
+            PROMPTS, {"template": template, "crop_start": crop_start}, max_sequence_length=kept, **how
+        )
+        pooled = pipeline._get_clip_prompt_embeds(PROMPTS, max_sequence_length=16, **how)
+    return states.numpy(), mask.numpy().astype(bool), pooled.numpy()
+
+
+def test_states_and_mask_are_those_of_the_released_pipeline(models, config, encoded):
+    """Also of a prompt that is cut, of the empty one, and of a batch of different lengths. Ours are kept in bfloat16."""
+    template = released_template("t2v_video")
+    states, mask, pooled = theirs_of(models, template.text, template.crop_start, template.max_tokens - template.crop_start)
+    lengths = [len(ours.txt) for ours in encoded]
+    assert lengths == mask.sum(axis=1).tolist()
+    assert max(lengths) == template.max_tokens - template.crop_start == config.kept_tokens
+    for ours, txt, valid, vector in zip(encoded, states, mask, pooled, strict=True):
+        assert relative_error(ours.txt, txt[valid]) <= 2**-8
+        assert relative_error(ours.pooled, vector) <= 2**-8
+
+
+def test_before_they_are_rounded_states_are_the_pipelines_to_float32(models, config):
+    towers = config.load()
+    template = towers.template
+    states, mask, pooled = theirs_of(models, template.text, template.crop_start, config.kept_tokens)
+    tokens = towers.tokenize(PROMPTS)
+    ours, vectors = towers._states(tokens, towers.tokenize_for_clip(PROMPTS))
+    for row, text in enumerate(tokens):
+        assert relative_error(ours[row, template.crop_start : len(text)], states[row][mask[row]]) <= 1e-5
+    assert relative_error(vectors, pooled) <= 1e-5
+
+
+def test_a_prompts_states_do_not_depend_on_its_company(config, encoded):
+    (alone,) = config.load().encode(PROMPTS[:1])
+    np.testing.assert_allclose(alone.txt.astype(np.float32), encoded[0].txt.astype(np.float32), rtol=2**-7, atol=1e-5)
+    np.testing.assert_array_equal(alone.pooled, encoded[0].pooled)
+    assert [states.prompt for states in encoded] == PROMPTS
+
+
+def test_an_own_template_is_cut_where_the_prompt_begins(models, config):
+    own = dataclasses.replace(config, template=OWN, max_tokens=20)
+    towers = own.load()
+    tokenizer = models["language"][1]
+    crop = towers.template.crop_start
+    for prompt, tokens in zip(PROMPTS, towers.tokenize(PROMPTS), strict=True):
+        assert tokenizer.decode(tokens[:crop]).endswith("described here:")
+        whole = tokenizer.decode(tokenizer(OWN.replace("{}", prompt))["input_ids"][crop:])
+        assert whole.startswith(tokenizer.decode(tokens[crop:]))
+    assert max(len(states.txt) for states in towers.encode(PROMPTS)) == 20 == own.kept_tokens
+
+
+@pytest.mark.parametrize("wrong", [{"template": "no place"}, {"template": OWN}, {"max_tokens": 5}, {"prompts_at_once": 0}, {"clip": ""}])
+def test_impossible_configs_are_refused(config, wrong):
+    with pytest.raises(UserError, match="text: "):
+        dataclasses.replace(config, **wrong)
+
+
+def test_missing_parts_are_named_with_where_they_were_looked_for(config, folders, tmp_path):
+    with pytest.raises(UserError, match=f"language is missing: {tmp_path}/nowhere does not exist"):
+        dataclasses.replace(config, language=str(tmp_path / "nowhere")).load()
+    with pytest.raises(UserError, match=f"clip is missing: {tmp_path} holds none of"):
+        dataclasses.replace(config, clip=str(tmp_path)).load()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(folders / "clip" / "config.json", bare)
+    with pytest.raises(UserError, match=f"no tokenizer can be read from {bare}"):
+        dataclasses.replace(config, clip_tokenizer=str(bare)).load()
+
+
+def test_other_weights_or_tokenizers_are_never_taken_for_those_before(config, folders, tmp_path):
+    resolved = config.resolved()
+    assert (resolved.width, resolved.pooled_width) == (32, 24)
+    for part, changed in (("language", "model.safetensors"), ("clip", "tokenizer.json")):
+        other = shutil.copytree(folders / part, tmp_path / part)
+        moved = dataclasses.replace(resolved, **{part: str(other)})
+        assert moved.resolved().identity() == resolved.identity()  # the same content elsewhere
+        data = bytearray((other / changed).read_bytes())
+        data[-1] ^= 1
+        (other / changed).write_bytes(data)
+        with pytest.raises(UserError, match=f"does not hold the {part}"):
+            moved.resolved()
+        again = dataclasses.replace(config, **{part: str(other)})
+        assert identity(EncodeConfig(buckets=(), text=fields(again))) != identity(EncodeConfig(buckets=(), text=fields(config)))
+
+
+def fields(config: TowersConfig) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def test_a_codec_is_read_without_its_towers_until_a_prompt_needs_them(config, encoded, tmp_path, folders):
+    vae = VAEConfig(block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, spatial_compression=1, temporal_compression=1)
+    params = jax.jit(lambda key: VAE(vae).init(key, jnp.zeros((1, 1, 4, 4, 3))))(jax.random.key(0))["params"]
+    moved = shutil.copytree(folders, tmp_path / "models")
+    places = {"language": str(moved / "language"), "clip": str(moved / "clip")}
+    codec = Codec(vae, params, dataclasses.replace(config, **places).resolved())
+    codec.save(tmp_path / "codec")
+    identified = codec.fingerprint(tmp_path / "codec")
+    shutil.rmtree(moved)
+
+    read = load_codec(tmp_path / "codec")
+    (empty,) = read.encode_prompts([""])
+    np.testing.assert_array_equal(empty.txt, encoded[1].txt)
+    np.testing.assert_array_equal(empty.pooled, encoded[1].pooled)
+    assert read.fingerprint(tmp_path / "codec") == identified
+    with pytest.raises(UserError, match="language is missing"):
+        read.encode_prompts(["a red circle"])
+    here = read.with_towers_at({name: str(folders / name) for name in places})
+    assert here.fingerprint(tmp_path / "codec") == identified
+    (states,) = here.encode_prompts(PROMPTS[:1])
+    np.testing.assert_array_equal(states.pooled, encoded[0].pooled)
+    with pytest.raises(UserError, match="measure_text"):
+        here.with_text_statistics(PROMPTS)
+
+
+@pytest.mark.parametrize("stage", t2v_13b.STAGES)
+def test_every_stage_of_the_ladder_can_be_encoded_for(stage, config, folders):
+    section = t2v_13b.get_config(f"encode_{stage}")
+    section.text.update({"language": config.language, "clip": config.clip})
+    encode = build(EncodeConfig, section, where="encode")
+    train = t2v_13b.get_config(stage)
+    trained = [build(Bucket, bucket, where="bucket") for bucket in train.data.buckets]
+    assert [bucket.shape for bucket in trained] == [build(Bucket, bucket, where="bucket").shape for bucket in encode.buckets]
+    assert text_config(encode.text).kept_tokens == train.data.text_length
+    build(Tiling, encode.tiling, where="tiling").check(VAEConfig())
+    caption = {"short": "A dog runs.", "dense": "A brown dog runs over wet sand.", "lighting": "evening sun", "style": "documentary"}
+    prompts = prompts_of([{"id": str(n), "caption": caption} for n in range(20)], encode)
+    assert {len(variants) for variants in prompts.values()} <= {1, 2, 3, 4}
+    assert {"A dog runs.", "A brown dog runs over wet sand. documentary, evening sun"} <= {p for found in prompts.values() for p in found}
+    section.text.clip = ""
+    with pytest.raises(UserError, match="language and clip must name"):
+        text_config(section.text)
+
+
+def test_a_section_with_a_language_model_is_one_with_weights(config):
+    assert text_config(fields(config)) == config
