@@ -157,8 +157,10 @@ class TextTowers:
         return released_template(self.config.template, file=file)
 
     def _own_template(self) -> Template:
-        first, second = (self._tokenizer(self.config.template.replace("{}", prompt))["input_ids"] for prompt in ("a", "z"))
-        crop = next(n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)  # the tokens that no prompt changes
+        """What is cut off are the tokens that end before the prompt; a space before it may be a part of its first token."""
+        before = self.config.template.split("{}")[0].rstrip()
+        offsets = self._tokenizer(self.config.template.replace("{}", "a"), return_offsets_mapping=True)["offset_mapping"]
+        crop = next(n for n, (_, end) in enumerate(offsets) if end > len(before))
         return Template(text=self.config.template, crop_start=crop, max_tokens=crop + self.config.max_tokens)
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:

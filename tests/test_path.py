@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import quickstart
-from data_prep.encode import EncodeConfig, bytes_of_a_clip
+from data_prep.encode import EncodeConfig, bytes_of_a_clip, encode, is_done, load_vae
 from hunyuan_jax import convert, evaluate, generate
 from hunyuan_jax.checkpoint import load_params
 from hunyuan_jax.data.dataset import open_dataset
@@ -29,6 +30,7 @@ from hunyuan_jax.train import train
 from hunyuan_jax.video_io import read_video
 from hunyuan_jax.weights import weights_of
 from tests.commands import ROOT, run_module
+from tests.tiny_towers import make_towers, save_towers
 
 QUICKSTART_SIZE = (13, 64, 64)  # frames, height, width
 TINY_VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, convolution="planes")
@@ -227,6 +229,30 @@ def test_a_full_disk_ends_in_one_line_and_nothing_is_taken_for_whole(world, tmp_
         assert "error: The disk is full" in said
         assert "Traceback" not in said
         assert "WHOLE" not in said
+
+
+def test_a_model_of_encoders_with_weights_is_trained_without_them_and_finds_them_to_generate(world, tmp_path):
+    save_towers(make_towers(), tmp_path / "models")
+    section = quickstart.get_config("encode")
+    places = {name: str(tmp_path / "models" / name) for name in ("language", "clip")}
+    text = {**places, "template": "A video is described here: {} <end>", "max_tokens": 12, "dtype": "float32"}
+    section.text, section.measure_text = ConfigDict(text), False
+    config = build(EncodeConfig, section, where="encode")
+    clips, vae = open_dataset(world / "clips", kind="Clip"), load_vae(world / "random_vae")
+    encode(clips, vae, tmp_path / "latents", config=config)
+    assert is_done(tmp_path / "latents", clips.folder, vae, config)
+
+    (tmp_path / "models").rename(tmp_path / "elsewhere")
+    training = tiny_t2v(world, 2)
+    training.data.update({"path": str(tmp_path / "latents"), "text_length": 12})
+    training.model.update({"text_dim": 32, "pooled_dim": 24})
+    train(training, tmp_path / "run")
+
+    generation = ("hunyuan_jax.generate", "--checkpoint", f"{tmp_path}/run", "--prompt", "a red circle", "--output", f"{tmp_path}/made")
+    assert f"language is missing: {tmp_path}/models/language" in run_module(*generation, expect=2)
+    run_module(*generation, f"--language={tmp_path}/elsewhere/language", f"--clip={tmp_path}/elsewhere/clip")
+    (video,) = (tmp_path / "made").glob("*.mp4")
+    assert read_video(video).frames.shape == (*QUICKSTART_SIZE, 3)
 
 
 def test_prompt_files_with_strange_bytes_are_refused_by_line(tmp_path):

@@ -19,6 +19,7 @@ from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.settings import build
 from hunyuan_jax.templates import released_template
 from hunyuan_jax.text_towers import TowersConfig
+from tests.tiny_towers import make_towers, save_towers
 
 PROMPTS = ["a red circle moves left", "", "a blue square stands still " * 40, "green"]
 OWN = "A video is described here: {} <end>"
@@ -26,50 +27,13 @@ OWN = "A video is described here: {} <end>"
 
 @pytest.fixture(scope="module")
 def models():
-    """A tiny language model and a tiny CLIP of transformers with their tokenizers, whose tokens are words, and spaces, of any text."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-
-    def tokenizer(end: str, *, both: bool):
-        words = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-        words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        words.decoder = tokenizers.decoders.ByteLevel()
-        specials = ["<unk>", "<begin>", "<pad>", "<end>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=400, special_tokens=specials, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        )
-        words.train_from_iterator([*PROMPTS, "red green blue circle square video describe the following"], trainer)
-        begin = ("<begin>", words.token_to_id("<begin>"))
-        ends = [(end, words.token_to_id(end))] if both else []
-        words.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<begin> $A" + f" {end}" * both, special_tokens=[begin, *ends]
-        )
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=words, bos_token="<begin>", pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="right"
-        )
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "intermediate_size": 48, "num_attention_heads": 4}
-    llama = transformers.LlamaModel(
-        transformers.LlamaConfig(hidden_size=32, num_hidden_layers=4, num_key_value_heads=2, rope_theta=5e5, **sizes)
-    )
-    clip = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            hidden_size=24, num_hidden_layers=2, max_position_embeddings=16, bos_token_id=1, eos_token_id=3, **sizes
-        )
-    )
-    with torch.no_grad():
-        for name, parameter in [*llama.named_parameters(), *clip.named_parameters()]:
-            parameter.normal_(float("norm" in name and name.endswith("weight")), 0.2)
-    return {"language": (llama.eval(), tokenizer("<end>", both=False)), "clip": (clip.eval(), tokenizer("<end>", both=True))}
+    return make_towers()
 
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for name, (model, tokenizer) in models.items():
-        model.save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+    save_towers(models, root)
     return root
 
 
