@@ -9,6 +9,7 @@ Encoding writes the codec beside the latents, training copies it beside its chec
 is never used with another codec than the one it was trained on.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -136,6 +137,7 @@ class Codec:
     vae_params: Any
     text: TextConfig | TowersConfig
     empty: TextStates | None = None
+    kept_states: Path | None = None  # a folder of states from encoders with weights, by what decides them
 
     @functools.cached_property
     def _towers(self) -> TextTowers:
@@ -159,6 +161,8 @@ class Codec:
         if isinstance(self.text, TowersConfig):
             if self.empty is not None and not any(prompts):
                 return [self.empty] * len(prompts)
+            if self.kept_states is not None:
+                return self._encode_once(prompts, self.kept_states)
             return self._towers.encode(prompts)
         normal = {name: np.asarray(values, np.float32) for name, values in self.text.statistics.items()}
         out = []
@@ -168,6 +172,22 @@ class Codec:
                 pooled = (pooled - normal["pooled_mean"]) / normal["pooled_std"]
             out.append(TextStates(prompt=prompt, txt=txt.astype(ml_dtypes.bfloat16), pooled=pooled.astype(ml_dtypes.bfloat16)))
         return out
+
+    def _encode_once(self, prompts: Sequence[str], folder: Path) -> list[TextStates]:
+        """States from `folder`, where those that are not there, or cannot be read, are put; encoders are loaded for these alone."""
+        said = json.dumps(self.text.identity(), sort_keys=True)
+        files = {p: folder / f"{hashlib.sha256(f'{said} {p}'.encode()).hexdigest()}.safetensors" for p in prompts}
+        found = {}
+        for prompt, file in files.items():
+            with contextlib.suppress(UserError):
+                found[prompt] = _read_states(file, prompt)
+        missing = [prompt for prompt in files if prompt not in found]
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            for states in self._towers.encode(missing):
+                _write_states(files[states.prompt], states)
+                found[states.prompt] = states
+        return [found[prompt] for prompt in prompts]
 
     def _states(self, prompts: Sequence[str]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Each prompt with its tokens [L, D] and its pooled vector [D] of the random tower, in float32, not normalised."""
@@ -217,9 +237,7 @@ class Codec:
         convert.write(weights_of(self.vae, self.vae_params), folder / "vae", "diffusers")
         if isinstance(self.text, TowersConfig):
             write_json(folder / "text.json", dataclasses.asdict(self.text))
-            (empty,) = self.encode_prompts([""])
-            states = {"txt": empty.txt, "pooled": empty.pooled}
-            write_safetensors(folder / EMPTY, states, states.values())
+            _write_states(folder / EMPTY, *self.encode_prompts([""]))
         else:
             write_json(folder / "text.json", self.text.identity())
 
@@ -229,6 +247,19 @@ class Codec:
         if isinstance(self.text, TowersConfig):
             text = hashlib.sha256(json.dumps(self.text.identity(), sort_keys=True).encode()).hexdigest()
         return {"vae": sha256_of(folder / "vae" / convert.VAE_WEIGHTS), "text": text}
+
+
+def _write_states(file: Path, states: TextStates) -> None:
+    tensors = {"txt": states.txt, "pooled": states.pooled}
+    write_safetensors(file, tensors, tensors.values())
+
+
+def _read_states(file: Path, prompt: str) -> TextStates:
+    """Raises `UserError` for a file that is missing or holds anything else."""
+    tensors = open_tensors(file).tensors
+    if {name: len(tensor.shape) for name, tensor in tensors.items()} != {"txt": 2, "pooled": 1}:
+        raise UserError(f"{file} holds no states of a prompt, txt [L, D] and pooled [P].")
+    return TextStates(prompt=prompt, **{name: tensor.read() for name, tensor in tensors.items()})
 
 
 def word_starts(ids: np.ndarray) -> np.ndarray:
@@ -248,6 +279,5 @@ def load_codec(folder: Path) -> Codec:
     vae, params = convert.load(folder / "vae", component="vae")
     side, empty = text_config(text), None
     if isinstance(side, TowersConfig):
-        states = {name: tensor.read() for name, tensor in open_tensors(folder / EMPTY).tensors.items()}
-        empty = TextStates(prompt="", txt=states["txt"], pooled=states["pooled"])
+        empty = _read_states(folder / EMPTY, "")
     return Codec(vae, jax.tree.map(jnp.asarray, params), side, empty)

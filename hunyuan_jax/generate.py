@@ -8,6 +8,7 @@ videos as the whole. The text encoders are those that the run's codec names; fla
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -47,9 +48,10 @@ class Model:
     video: dict[str, Any]  # frames, height, width and fps it was trained on
 
 
-def load_model(workdir: Path, *, weights: Kept = "ema", places: Mapping[str, str] | None = None) -> Model:
+def load_model(workdir: Path, *, weights: Kept = "ema", places: Mapping[str, str] | None = None, kept_states: Path | None = None) -> Model:
     """The model in a training run's folder; `places` says where text encoders lie that are not where they were.
 
+    `kept_states` is a folder where their states are kept, and found again without them.
     Raises `UserError` where there is none, or where it is of another task.
     """
     said = read_model(workdir)
@@ -59,7 +61,7 @@ def load_model(workdir: Path, *, weights: Kept = "ema", places: Mapping[str, str
     fingerprint = codec.fingerprint(workdir / "codec")
     if fingerprint != said["codec"]:
         raise UserError(f"The codec in {workdir / 'codec'} is not the one the model was trained with; copy it from the latents again.")
-    codec = codec.with_towers_at(places or {})
+    codec = dataclasses.replace(codec.with_towers_at(places or {}), kept_states=kept_states)
     task = T2VTask(
         model=build(DiTConfig, said["model"], where="model"),
         prediction=said.get("prediction", "velocity"),  # what runs predicted before they said so
@@ -176,6 +178,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_float("guidance", None, "The scale that a guidance-distilled model takes as an input.")
     flags.DEFINE_bool("guide_twice", False, "Allow two-pass guidance of a guidance-distilled model.")
     flags.DEFINE_float("vae_memory_gib", None, "Decode in the largest tiles that need no more of a device's memory.", lower_bound=0.0)
+    flags.DEFINE_string("text_cache", _text_cache(), "Folder where states of prompts are kept; empty keeps none.")
     for place in PLACES:
         flags.DEFINE_string(place, None, "Where it lies, if not where it was when clips were encoded.")
     flags.DEFINE_list("size", None, "frames,height,width; those of training where not given.")
@@ -185,7 +188,7 @@ def main(argv: list[str]) -> None:
         raise UserError("Give either --prompt or --prompts.")
     rows = read_prompts(Path(f.prompts)) if f.prompts else [_read_prompt(f.prompt, where="--prompt", as_json=False)]
     places = {name: getattr(f, name) for name in PLACES if getattr(f, name) is not None}
-    model = load_model(Path(f.checkpoint), weights=f.weights, places=places)
+    model = load_model(Path(f.checkpoint), weights=f.weights, places=places, kept_states=Path(f.text_cache) if f.text_cache else None)
     changed = {name: getattr(f, name) for name in ("steps", "shift", "cfg_scale", "guidance") if getattr(f, name) is not None}
     sampling = dataclasses.replace(model.task.sampling, **changed)
     check_guidance(model.task.model, changed, sampling, twice=f.guide_twice)
@@ -207,6 +210,11 @@ def main(argv: list[str]) -> None:
         write_video(output / name, frames, fps=model.video["fps"], crf=12)
         index.append({**row, "file": name})
     write_json(output / "index.json", index)
+
+
+def _text_cache() -> str:
+    """Where programs of a user keep what can be made again."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hunyuan_jax" / "text_states")
 
 
 def _parse_size(given: Sequence[str]) -> tuple[int, int, int]:

@@ -249,10 +249,15 @@ def test_a_model_of_encoders_with_weights_is_trained_without_them_and_finds_them
     train(training, tmp_path / "run")
 
     generation = ("hunyuan_jax.generate", "--checkpoint", f"{tmp_path}/run", "--prompt", "a red circle", "--output", f"{tmp_path}/made")
+    generation += (f"--text_cache={tmp_path}/cache",)
     assert f"language is missing: {tmp_path}/models/language" in run_module(*generation, expect=2)
     run_module(*generation, f"--language={tmp_path}/elsewhere/language", f"--clip={tmp_path}/elsewhere/clip")
     (video,) = (tmp_path / "made").glob("*.mp4")
+    made = video.read_bytes()
     assert read_video(video).frames.shape == (*QUICKSTART_SIZE, 3)
+    video.unlink()
+    run_module(*generation)  # the prompt's states were kept
+    assert video.read_bytes() == made
 
 
 def test_prompt_files_with_strange_bytes_are_refused_by_line(tmp_path):

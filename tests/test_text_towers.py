@@ -174,6 +174,31 @@ def test_a_codec_is_read_without_its_towers_until_a_prompt_needs_them(config, en
         here.with_text_statistics(PROMPTS)
 
 
+def test_states_that_were_kept_are_found_without_the_encoders_and_damaged_ones_are_made_again(config, encoded, tmp_path):
+    codec = Codec(VAEConfig(), None, config.resolved(), kept_states=tmp_path / "kept")
+    made = codec.encode_prompts([*PROMPTS[:1], *PROMPTS])
+    assert [states.prompt for states in made] == [*PROMPTS[:1], *PROMPTS]
+    files = sorted((tmp_path / "kept").iterdir())
+    assert len(files) == len(PROMPTS)
+
+    gone = dataclasses.replace(codec.text, language="nowhere", clip="nowhere")
+    found = dataclasses.replace(codec, text=gone).encode_prompts(PROMPTS)
+    for ours, first in zip(found, made[1:], strict=True):
+        np.testing.assert_array_equal(ours.txt, first.txt)
+        np.testing.assert_array_equal(ours.pooled, first.pooled)
+        assert ours.txt.dtype == first.txt.dtype
+    other = dataclasses.replace(gone, fingerprints={**gone.fingerprints, "clip": "0"})
+    with pytest.raises(UserError, match="is missing"):
+        dataclasses.replace(codec, text=other).encode_prompts(PROMPTS)
+
+    data = files[0].read_bytes()
+    files[0].write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="is missing"):
+        dataclasses.replace(codec, text=gone).encode_prompts(PROMPTS)
+    codec.encode_prompts(PROMPTS)
+    assert files[0].read_bytes() == data
+
+
 @pytest.mark.parametrize("stage", t2v_13b.STAGES)
 def test_every_stage_of_the_ladder_can_be_encoded_for(stage, config, folders):
     section = t2v_13b.get_config(f"encode_{stage}")
