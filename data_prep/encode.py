@@ -97,7 +97,7 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
     prompts = prompts_of(clips.rows, config)
     distinct = sorted({prompt for variants in prompts.values() for prompt in variants})
     if config.measure_text:
-        codec = codec.with_text_statistics(distinct)
+        codec = codec.with_text(text.with_statistics(distinct))
     codec.save(output / "codec")
     made_from = {
         "format": FORMAT,

@@ -61,7 +61,7 @@ def load_model(workdir: Path, *, weights: Kept = "ema", places: Mapping[str, str
     fingerprint = codec.fingerprint(workdir / "codec")
     if fingerprint != said["codec"]:
         raise UserError(f"The codec in {workdir / 'codec'} is not the one the model was trained with; copy it from the latents again.")
-    codec = dataclasses.replace(codec.with_towers_at(places or {}), kept_states=kept_states)
+    codec = dataclasses.replace(codec, text=codec.text.at(places or {}), kept_states=kept_states)
     task = T2VTask(
         model=build(DiTConfig, said["model"], where="model"),
         prediction=said.get("prediction", "velocity"),  # what runs predicted before they said so

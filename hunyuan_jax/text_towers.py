@@ -7,9 +7,11 @@ Cropping and cutting are the released pipeline's. Only valid tokens are kept, so
 Models and tokenizers are folders as transformers saves them; no code in them is run. Paper section 4.2 ("Text encoder").
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from hunyuan_jax.models.text_encoders import CLIPText, CLIPTextConfig, Dtype, Te
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import param_shardings
 from hunyuan_jax.templates import RELEASED, Template, released_template
+from hunyuan_jax.tensor_files import open_tensors, write_safetensors
 from hunyuan_jax.text_weights import clip_text_config, load_clip_text, load_text_tower, text_tower_config
 
 LENGTH_STEP = 64  # tokens are padded to a multiple of this many, so that few programs are compiled
@@ -119,10 +122,25 @@ class TowersConfig:
         width, pooled_width = self.language_config.width, self.clip_config.width
         return dataclasses.replace(self, fingerprints=found, width=width, pooled_width=pooled_width)
 
-    def load(self) -> "TextTowers":
-        """The encoders and their tokenizers, spread over this process's devices."""
-        resolved = self.resolved()
-        return TextTowers(resolved, make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices()))
+    def said(self) -> dict[str, Any]:
+        """All fields, as JSON has them."""
+        return dataclasses.asdict(self)
+
+    def at(self, places: Mapping[str, str]) -> "TowersConfig":
+        """With some of `PLACES` elsewhere."""
+        moved: dict[str, Any] = dict(places)
+        return dataclasses.replace(self, **moved)
+
+    def with_statistics(self, prompts: Sequence[str]) -> "TowersConfig":
+        """Never: raises `UserError`."""
+        raise UserError("text: statistics are for random towers; set measure_text to False with encoders that have weights.")
+
+    def load(self, *, kept: Path | None = None) -> "KeptStates | TextTowers":
+        """The encoders, spread over this process's devices; with a folder `kept` they are loaded for what is not in it alone."""
+        return self._load() if kept is None else KeptStates(self, kept)
+
+    def _load(self) -> "TextTowers":
+        return TextTowers(self.resolved(), make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices()))
 
 
 def _fingerprint(name: str, folder: Path) -> str:
@@ -206,6 +224,48 @@ class TextTowers:
             return txt, clip[1]
 
         return jax.jit(run, out_shardings=NamedSharding(self._mesh, P()))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptStates:
+    """The encoders of a resolved config, behind a folder with the states of the prompts that they have seen."""
+
+    config: TowersConfig
+    folder: Path
+
+    @functools.cached_property
+    def _towers(self) -> TextTowers:
+        return self.config._load()
+
+    def encode(self, prompts: Sequence[str]) -> list[TextStates]:
+        """Text states as `TextTowers` gives them. Those that are not in the folder, or cannot be read, are put there."""
+        said = json.dumps(self.config.identity(), sort_keys=True)
+        files = {p: self.folder / f"{hashlib.sha256(f'{said} {p}'.encode()).hexdigest()}.safetensors" for p in prompts}
+        found = {}
+        for prompt, file in files.items():
+            with contextlib.suppress(UserError):
+                found[prompt] = read_states(file, prompt)
+        missing = [prompt for prompt in files if prompt not in found]
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for states in self._towers.encode(missing):
+                write_states(files[states.prompt], states)
+                found[states.prompt] = states
+        return [found[prompt] for prompt in prompts]
+
+
+def write_states(file: Path, states: TextStates) -> None:
+    """A prompt's states as safetensors, txt [L, D] and pooled [P], whole or not at all."""
+    tensors = {"txt": states.txt, "pooled": states.pooled}
+    write_safetensors(file, tensors, tensors.values())
+
+
+def read_states(file: Path, prompt: str) -> TextStates:
+    """What `write_states` wrote. Raises `UserError` for a file that is missing or holds anything else."""
+    tensors = open_tensors(file).tensors
+    if {name: len(tensor.shape) for name, tensor in tensors.items()} != {"txt": 2, "pooled": 1}:
+        raise UserError(f"{file} holds no states of a prompt, txt [L, D] and pooled [P].")
+    return TextStates(prompt=prompt, **{name: tensor.read() for name, tensor in tensors.items()})
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -8,9 +8,10 @@ import pytest
 
 from configs import quickstart
 from data_prep.shapes_world import ALL_TRIPLES
-from hunyuan_jax.codec import BOS, EOS, STATISTICS, Codec, TextConfig, load_codec
+from hunyuan_jax.codec import Codec, load_codec
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.vae import VAE, VAEConfig
+from hunyuan_jax.random_tower import BOS, EOS, STATISTICS, RandomTowerConfig
 from hunyuan_jax.settings import build
 from hunyuan_jax.shape_detector import COLOURS, DIRECTIONS, SHAPES, short_caption
 
@@ -21,7 +22,7 @@ PROMPTS = ("a red circle moving left", "a blue square", "a green cross standing 
 def codec() -> Codec:
     vae = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
     params = jax.jit(lambda key: VAE(vae).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
-    text = build(TextConfig, quickstart.get_config("encode").text, where="text")
+    text = build(RandomTowerConfig, quickstart.get_config("encode").text, where="text")
     return Codec(vae, params, dataclasses.replace(text, tokens="bytes", pooled="last", max_bytes=36, max_tokens=36))
 
 
@@ -59,9 +60,10 @@ def test_the_pooled_vector_is_the_last_state_or_the_mean_of_all(codec):
 
 def test_words_and_the_mean_say_the_same_of_a_word_in_every_prompt():
     """What the quickstart's text states rest on: nearly all their variance is a sum over the words, so that new combinations are near."""
-    text = build(TextConfig, quickstart.get_config("encode").text, where="text")
+    text = build(RandomTowerConfig, quickstart.get_config("encode").text, where="text")
     codec = Codec(VAEConfig(), None, text)
-    states = codec.with_text_statistics([short_caption(*t) for t in ALL_TRIPLES]).encode_prompts([short_caption(*t) for t in ALL_TRIPLES])
+    captions = [short_caption(*t) for t in ALL_TRIPLES]
+    states = codec.with_text(text.with_statistics(captions)).encode_prompts(captions)
     said = np.array(
         [[value == word for kinds, value in zip((COLOURS, SHAPES, DIRECTIONS), t, strict=True) for word in kinds] for t in ALL_TRIPLES]
     )
@@ -72,7 +74,7 @@ def test_words_and_the_mean_say_the_same_of_a_word_in_every_prompt():
 
 
 def test_with_statistics_states_have_mean_0_and_variance_1_over_the_prompts(codec):
-    states = codec.with_text_statistics(PROMPTS).encode_prompts(PROMPTS)
+    states = codec.with_text(codec.text.with_statistics(PROMPTS)).encode_prompts(PROMPTS)
     for values in (np.concatenate([s.txt for s in states]), np.stack([s.pooled for s in states])):
         values = values.astype(np.float64)
         np.testing.assert_allclose(values.mean(axis=0), 0, atol=5e-3)  # bfloat16
@@ -80,7 +82,7 @@ def test_with_statistics_states_have_mean_0_and_variance_1_over_the_prompts(code
 
 
 def test_statistics_only_shift_and_scale(codec):
-    plain, normal = codec.encode_prompts(PROMPTS), codec.with_text_statistics(PROMPTS)
+    plain, normal = codec.encode_prompts(PROMPTS), codec.with_text(codec.text.with_statistics(PROMPTS))
     said = {name: np.asarray(normal.text.statistics[name]) for name in STATISTICS}
     for before, after in zip(plain, normal.encode_prompts(PROMPTS), strict=True):
         undone = after.txt.astype(np.float64) * said["txt_std"] + said["txt_mean"]
@@ -88,7 +90,7 @@ def test_statistics_only_shift_and_scale(codec):
 
 
 def test_a_saved_codec_encodes_as_before(codec, tmp_path):
-    normal = codec.with_text_statistics(PROMPTS)
+    normal = codec.with_text(codec.text.with_statistics(PROMPTS))
     normal.save(tmp_path)
     there = load_codec(tmp_path)
     assert there.text.statistics == normal.text.statistics
@@ -99,7 +101,7 @@ def test_a_saved_codec_encodes_as_before(codec, tmp_path):
 
 def test_prompts_that_are_all_alike_have_no_statistics(codec):
     with pytest.raises(UserError, match="1 different prompts do not vary"):
-        codec.with_text_statistics(["a", "a"])
+        codec.with_text(codec.text.with_statistics(["a", "a"]))
 
 
 @pytest.mark.parametrize("field", ["tokens", "pooled"])

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline  # noqa: E
 from configs import quickstart  # noqa: E402
 from hunyuan_jax import convert, generate  # noqa: E402
 from hunyuan_jax.checkpoint import Checkpoints, write_model  # noqa: E402
-from hunyuan_jax.codec import Codec, TextConfig  # noqa: E402
+from hunyuan_jax.codec import Codec  # noqa: E402
 from hunyuan_jax.errors import UserError  # noqa: E402
 from hunyuan_jax.export import export  # noqa: E402
 from hunyuan_jax.models.dit import DiTConfig  # noqa: E402
@@ -24,6 +24,7 @@ from hunyuan_jax.models.layouts import LAYOUTS  # noqa: E402
 from hunyuan_jax.models.vae import VAEConfig  # noqa: E402
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer  # noqa: E402
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
+from hunyuan_jax.random_tower import RandomTowerConfig  # noqa: E402
 from hunyuan_jax.sampling import SamplingConfig  # noqa: E402
 from hunyuan_jax.settings import build  # noqa: E402
 from hunyuan_jax.tasks.t2v import T2VLossConfig, T2VTask, encode_texts  # noqa: E402
@@ -60,7 +61,7 @@ def save_run(workdir: Path, task) -> None:
 @pytest.fixture(scope="module")
 def codec() -> Codec:
     vae_params = random_like(jax.eval_shape(VAETask(TINY_VAE, VAELossConfig()).init, jax.random.key(0)), 0)
-    text = build(TextConfig, quickstart.get_config("encode").text, where="text")
+    text = build(RandomTowerConfig, quickstart.get_config("encode").text, where="text")
     return Codec(TINY_VAE, vae_params, text)
 
 

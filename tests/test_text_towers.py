@@ -166,12 +166,12 @@ def test_a_codec_is_read_without_its_towers_until_a_prompt_needs_them(config, en
     assert read.fingerprint(tmp_path / "codec") == identified
     with pytest.raises(UserError, match="language is missing"):
         read.encode_prompts(["a red circle"])
-    here = read.with_towers_at({name: str(folders / name) for name in places})
+    here = read.with_text(read.text.at({name: str(folders / name) for name in places}))
     assert here.fingerprint(tmp_path / "codec") == identified
     (states,) = here.encode_prompts(PROMPTS[:1])
     np.testing.assert_array_equal(states.pooled, encoded[0].pooled)
     with pytest.raises(UserError, match="measure_text"):
-        here.with_text_statistics(PROMPTS)
+        here.text.with_statistics(PROMPTS)
 
 
 def test_states_that_were_kept_are_found_without_the_encoders_and_damaged_ones_are_made_again(config, encoded, tmp_path):
