@@ -48,7 +48,9 @@ class EncodeConfig:
     """What is encoded: buckets, the text side, and the prompts of a clip.
 
     `prompts` names the caption fields of each prompt; or `assemble`, a `PromptConfig` (data/prompts.py), draws up to `variants` different
-    ones for each clip, by `seed` and the clip's id. Training takes one of them anew each epoch, and drops some itself.
+    ones for each clip, by `seed` and the clip's id. Training takes one of them anew each epoch, and drops some itself. Without
+    `store_text` prompts are stored without their states, and training loads the text encoders itself: for states that would take more
+    room than there is. They are the same either way.
 
     With a `whitening_ridge` above 0 the VAE's latents are whitened (`whitened` in models/vae.py) by their moments over the first
     `measure_clips` clips: a small VAE puts nearly all variance into a few directions, brightness above all, and what the others
@@ -63,6 +65,7 @@ class EncodeConfig:
     prompts: tuple[tuple[str, ...], ...] = (("short",),)
     assemble: Any = None
     variants: int = 4
+    store_text: bool = True
     seed: int = 0
     clips_per_shard: int = 512
     whitening_ridge: float = 0.0
@@ -107,7 +110,8 @@ def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: 
         "config": identity(config),
     }
     pieces = plan_pieces(clips, buckets, made_from, clips_per_shard=config.clips_per_shard)
-    states = dict(zip(distinct, codec.encode_prompts(distinct), strict=True))
+    made = codec.encode_prompts(distinct) if config.store_text else map(records.TextStates.unencoded, distinct)
+    states = dict(zip(distinct, made, strict=True))
 
     encoder = functools.partial(encode_frames, codec.vae_params)
     rows: list[dict[str, Any]] = []
@@ -133,7 +137,7 @@ def bytes_of_a_clip(vae: VAEConfig, config: EncodeConfig) -> tuple[int, int]:
     item = np.dtype(ml_dtypes.bfloat16).itemsize
     variants = len(config.prompts) if config.assemble is None else config.variants
     latents = sum(2 * item * math.prod(vae.latent_shape(*bucket.shape)) for bucket in buckets)
-    return latents, len(buckets) * variants * item * (text.kept_tokens * text.width + text.pooled_width)
+    return latents, config.store_text * len(buckets) * variants * item * (text.kept_tokens * text.width + text.pooled_width)
 
 
 def prompts_of(rows: Sequence[dict[str, Any]], config: EncodeConfig) -> dict[int, list[str]]:

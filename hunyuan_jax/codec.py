@@ -66,6 +66,10 @@ class Codec:
     def _encoder(self) -> TextEncoder:
         return self.text.load(kept=self.kept_states)
 
+    def load_encoder(self) -> None:
+        """Loads what encodes prompts. Raises `UserError` where it is missing."""
+        _ = self._encoder
+
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextStates]:
         """The text states of prompts: the valid tokens after the crop, and the pooled vector."""
         if self.empty is not None and not any(prompts):
@@ -74,7 +78,7 @@ class Codec:
 
     def with_text(self, text: RandomTowerConfig | TowersConfig) -> "Codec":
         """This codec with another text side."""
-        return dataclasses.replace(self, text=text, empty=None)
+        return dataclasses.replace(self, text=text, empty=self.empty if text.identity() == self.text.identity() else None)
 
     def decode(self, latents: Float[Array, "B T Y X C"]) -> Float[Array, "B T2 H W 3"]:
         """Frames in [-1, 1], not clipped, of scaled latents, as the DiT makes them."""

@@ -194,26 +194,32 @@ class TextTowers:
         return np.asarray(tokens, np.int32)
 
     def encode(self, prompts: Sequence[str]) -> list[TextStates]:
-        """The text states of prompts, in bfloat16: valid tokens after the template's instruction, and CLIP's vector."""
+        """The text states of prompts, in bfloat16: valid tokens after the template's instruction, and CLIP's vector.
+
+        A prompt is padded by its own length alone, so that what it gives does not depend on the prompts beside it.
+        """
         out: dict[int, TextStates] = {}
         tokens = self.tokenize(prompts)
+        lengths = [-(-len(text) // LENGTH_STEP) * LENGTH_STEP for text in tokens]
         at_once = self.config.prompts_at_once
-        by_length = sorted(range(len(prompts)), key=lambda n: len(tokens[n]))  # alike ones together: less padding
-        for start in range(0, len(prompts), at_once):
-            numbers = by_length[start : start + at_once]
-            filled = numbers + [numbers[-1]] * (at_once - len(numbers))  # one number of prompts, one compilation
-            txt, pooled = self._states([tokens[n] for n in filled], self.tokenize_for_clip([prompts[n] for n in filled]))
-            for row, n in enumerate(numbers):
-                kept = txt[row, self.template.crop_start : len(tokens[n])]
-                out[n] = TextStates(prompt=prompts[n], txt=kept.astype(ml_dtypes.bfloat16), pooled=pooled[row].astype(ml_dtypes.bfloat16))
+        for length in sorted(set(lengths)):
+            alike = [n for n in range(len(prompts)) if lengths[n] == length]
+            for start in range(0, len(alike), at_once):
+                numbers = alike[start : start + at_once]
+                filled = numbers + [numbers[-1]] * (at_once - len(numbers))  # one number of prompts, one compilation
+                txt, pooled = self._states([tokens[n] for n in filled], self.tokenize_for_clip([prompts[n] for n in filled]), length)
+                for row, n in enumerate(numbers):
+                    kept, vector = txt[row, self.template.crop_start : len(tokens[n])], pooled[row]
+                    out[n] = TextStates(prompt=prompts[n], txt=kept.astype(ml_dtypes.bfloat16), pooled=vector.astype(ml_dtypes.bfloat16))
         return [out[n] for n in range(len(prompts))]
 
-    def _states(self, tokens: Sequence[Sequence[int]], clip_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        length = -(-max(map(len, tokens)) // LENGTH_STEP) * LENGTH_STEP
+    def _states(self, tokens: Sequence[Sequence[int]], clip_tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """States in float32 of tokens padded to `length`, and CLIP's vectors."""
         ids, mask = np.zeros((len(tokens), length), np.int32), np.zeros((len(tokens), length), bool)
         for row, text in enumerate(tokens):
             ids[row, : len(text)], mask[row, : len(text)] = text, True
-        states = self._run(self._params, ids, mask, clip_tokens)
+        with jax.set_mesh(self._mesh):  # whatever mesh the caller works on
+            states = self._run(self._params, ids, mask, clip_tokens)
         return np.asarray(states[0], np.float32), np.asarray(states[1], np.float32)
 
     @functools.cached_property

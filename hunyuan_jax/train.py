@@ -105,7 +105,9 @@ def train(config: ConfigDict, workdir: Path) -> None:
     optimizer = make_optimizer(setup.optimizer)
     key = jax.random.key(config.seed)
     with jax.set_mesh(mesh), contextlib.closing(Checkpoints(workdir, keep=loop.keep)) as checkpoints:
-        batches = loader.Loader(setup.data, schedule, setup.dataset, sharding=batch_sharding(mesh), steps=loop.steps)
+        batches = loader.Loader(
+            setup.data, schedule, setup.dataset, sharding=batch_sharding(mesh), steps=loop.steps, encode=task.encode_prompts
+        )
         if checkpoints.latest() is None:
             state = make_state(task, optimizer, key=key, mesh=mesh, start=config.start)
         else:
@@ -250,7 +252,7 @@ class HeldOut:
         self._measure = jax.jit(lambda params, batch: task.measure(params, batch, key=self._key))
         self._batches: dict[str, list[VideoBatch]] = {}
         buckets = [bucket for bucket in setup.schedule.buckets if bucket.share > 0]
-        select = functools.partial(loader.held_out_batches, setup.data, setup.dataset)
+        select = functools.partial(loader.held_out_batches, setup.data, setup.dataset, encode=task.encode_prompts)
         if loop.measure_every:
             self._batches = {bucket.name: select(bucket, limit=loop.measure_samples) for bucket in buckets}
         self._shown: VideoBatch | None = None

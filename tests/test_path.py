@@ -1,5 +1,6 @@
 """The whole path on a small world, by the commands a user types: raw video to generated video, and what survives a kill."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -231,7 +232,7 @@ def test_a_full_disk_ends_in_one_line_and_nothing_is_taken_for_whole(world, tmp_
         assert "WHOLE" not in said
 
 
-def test_a_model_of_encoders_with_weights_is_trained_without_them_and_finds_them_to_generate(world, tmp_path):
+def test_a_model_of_encoders_with_weights_is_trained_without_them_or_with_them_to_the_same_bits_and_finds_them_to_generate(world, tmp_path):
     save_towers(make_towers(), tmp_path / "models")
     section = quickstart.get_config("encode")
     places = {name: str(tmp_path / "models" / name) for name in ("language", "clip")}
@@ -242,11 +243,26 @@ def test_a_model_of_encoders_with_weights_is_trained_without_them_and_finds_them
     encode(clips, vae, tmp_path / "latents", config=config)
     assert is_done(tmp_path / "latents", clips.folder, vae, config)
 
+    bare = dataclasses.replace(config, store_text=False)
+    encode(clips, vae, tmp_path / "bare", config=bare)
+    assert bytes_of_a_clip(TINY_VAE, bare)[1] == 0
     (tmp_path / "models").rename(tmp_path / "elsewhere")
     training = tiny_t2v(world, 2)
     training.data.update({"path": str(tmp_path / "latents"), "text_length": 12})
     training.model.update({"text_dim": 32, "pooled_dim": 24})
     train(training, tmp_path / "run")
+
+    online = training.copy_and_resolve_references()
+    online.data.path = str(tmp_path / "bare")
+    with pytest.raises(UserError, match=f"language is missing: {tmp_path}/models/language"):
+        train(online, tmp_path / "online")
+    online.text = {name: str(tmp_path / "elsewhere" / name) for name in places}
+    train(online, tmp_path / "online")
+    model = generate.load_model(tmp_path / "run")
+    abstract = jax.eval_shape(lambda: model.task.init(jax.random.key(0)))
+    cached, encoded = (load_params(tmp_path / run, abstract)[0] for run in ("run", "online"))
+    for one, other in zip(jax.tree.leaves(cached), jax.tree.leaves(encoded), strict=True):
+        np.testing.assert_array_equal(one, other)
 
     generation = ("hunyuan_jax.generate", "--checkpoint", f"{tmp_path}/run", "--prompt", "a red circle", "--output", f"{tmp_path}/made")
     generation += (f"--text_cache={tmp_path}/cache",)

@@ -7,7 +7,7 @@ The position of a loader is one number, the next step, whatever the number of pr
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -21,6 +21,8 @@ from hunyuan_jax.data.dataset import Dataset, is_held_out
 from hunyuan_jax.data.schedule import Schedule
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.video_io import read_video
+
+Encode = Callable[[Sequence[str]], Sequence[records.TextStates]]  # prompts to their text states
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,18 @@ def sample_id(record_id: str, epoch: int) -> int:
 
 
 def make_batch(
-    items: Sequence[records.Clip | records.Latent], bucket: Bucket, *, epochs: Sequence[int], text_length: int, random: bool
+    items: Sequence[records.Clip | records.Latent],
+    bucket: Bucket,
+    *,
+    epochs: Sequence[int],
+    text_length: int,
+    random: bool,
+    encode: Encode | None = None,
 ) -> VideoBatch:
-    """Records as a batch of numpy arrays. `random` draws intervals, crops and prompt variants by sample id."""
+    """Records as a batch of numpy arrays. `random` draws intervals, crops and prompt variants by sample id.
+
+    `encode` makes the text states of records that were stored without.
+    """
     ids: Any = np.array([sample_id(item.id, epoch) for item, epoch in zip(items, epochs, strict=True)], np.uint32)
     rngs = [np.random.default_rng(int(i)) if random else None for i in ids]
     clips = [item for item in items if isinstance(item, records.Clip)]
@@ -78,6 +89,9 @@ def make_batch(
         frames: Any = np.stack(fitted)
         return VideoBatch(sample_id=ids, frames=frames, tiled=bucket.tiled)
     texts = [item.texts[0 if rng is None else int(rng.integers(len(item.texts)))] for item, rng in zip(latents, rngs, strict=True)]
+    if not all(text.is_encoded for text in texts):
+        assert encode is not None
+        texts = list(encode([text.prompt for text in texts]))
     txt, txt_mask, pooled = transforms.pad_texts(texts, length=text_length)
     mean: Any
     logvar: Any
@@ -92,6 +106,7 @@ class ReadStep:
     dataset: Dataset
     schedule: Schedule
     text_length: int
+    encode: Encode | None
     process: int
     processes: int
 
@@ -101,7 +116,7 @@ class ReadStep:
         mine = slice(self.process * share, (self.process + 1) * share)
         items = self.dataset.read(step.rows[mine])
         bucket = self.schedule.buckets[step.bucket]
-        return make_batch(items, bucket, epochs=step.epochs[mine], text_length=self.text_length, random=True)
+        return make_batch(items, bucket, epochs=step.epochs[mine], text_length=self.text_length, random=True, encode=self.encode)
 
 
 def to_mesh(batch: VideoBatch, sharding: jax.sharding.Sharding) -> VideoBatch:
@@ -112,11 +127,20 @@ def to_mesh(batch: VideoBatch, sharding: jax.sharding.Sharding) -> VideoBatch:
 class Loader:
     """Training batches from `start` on, read ahead by Grain's threads. `state()` is the position to save."""
 
-    def __init__(self, config: DataConfig, schedule: Schedule, dataset: Dataset, *, sharding: jax.sharding.Sharding, steps: int):
+    def __init__(
+        self,
+        config: DataConfig,
+        schedule: Schedule,
+        dataset: Dataset,
+        *,
+        sharding: jax.sharding.Sharding,
+        steps: int,
+        encode: Encode | None = None,
+    ):
         for bucket in schedule.buckets:
             if bucket.batch % jax.process_count():
                 raise UserError(f"Bucket {bucket.name}: a batch of {bucket.batch} cannot be spread over {jax.process_count()} processes.")
-        read = ReadStep(dataset, schedule, config.text_length, jax.process_index(), jax.process_count())
+        read = ReadStep(dataset, schedule, config.text_length, encode, jax.process_index(), jax.process_count())
         options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
         self._batches: Any = iter(grain.MapDataset.range(steps).map(read).to_iter_dataset(options))
         self._sharding = sharding
@@ -140,10 +164,9 @@ def training_schedule(config: DataConfig, dataset: Dataset, *, buckets: Sequence
     return Schedule(seed, tuple(buckets), rows)
 
 
-def held_out_batches(config: DataConfig, dataset: Dataset, bucket: Bucket, *, limit: int) -> list[VideoBatch]:
+def held_out_batches(config: DataConfig, dataset: Dataset, bucket: Bucket, *, limit: int, encode: Encode | None = None) -> list[VideoBatch]:
     """Up to `limit` held-out samples of a bucket in batches of at most the bucket's size, always the same ones."""
     rows = rows_for(dataset, bucket, held_out=True, fraction=config.held_out)[:limit]
     groups = [rows[i : i + bucket.batch] for i in range(0, len(rows), bucket.batch)]
-    return [
-        make_batch(dataset.read(group), bucket, epochs=[0] * len(group), text_length=config.text_length, random=False) for group in groups
-    ]
+    how: dict[str, Any] = {"text_length": config.text_length, "random": False, "encode": encode}
+    return [make_batch(dataset.read(group), bucket, epochs=[0] * len(group), **how) for group in groups]

@@ -40,11 +40,22 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextStates:
-    """One prompt as the text towers see it: `txt` [L, D] holds the valid tokens only, `pooled` [P] the whole prompt."""
+    """One prompt as the text towers see it: `txt` [L, D] holds the valid tokens only, `pooled` [P] the whole prompt.
+
+    Without `pooled` and `txt`, both empty, it is a prompt that training encodes itself.
+    """
 
     prompt: str
     txt: np.ndarray
     pooled: np.ndarray
+
+    @classmethod
+    def unencoded(cls, prompt: str) -> "TextStates":
+        return cls(prompt=prompt, txt=np.zeros((0, 0), np.float32), pooled=np.zeros(0, np.float32))
+
+    @property
+    def is_encoded(self) -> bool:
+        return len(self.pooled) > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

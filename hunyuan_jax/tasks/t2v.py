@@ -20,6 +20,8 @@ from hunyuan_jax import flow
 from hunyuan_jax.codec import Codec, load_codec
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.dataset import Dataset
+from hunyuan_jax.data.loader import Encode
+from hunyuan_jax.data.records import Latent
 from hunyuan_jax.data.transforms import pad_texts, to_uint8
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.dit import DiT, DiTConfig
@@ -115,8 +117,17 @@ class T2VTask:
                 f"A model with guidance_embed is told its scale; sampling.cfg_scale {sampling.cfg_scale} would guide it "
                 "a second time; set sampling.cfg_scale to 1."
             )
+        places = config.get("text", {})
+        codec = codec.with_text(codec.text.at(places)) if places else codec
+        first = dataset.read([0])[0]
+        if isinstance(first, Latent) and not first.texts[0].is_encoded:
+            codec.load_encoder()  # now, where an error is clear, and not in a thread that reads ahead
         null = encode_texts(codec, [""], length=config.data.text_length)
         return cls(model, prediction, loss, sampling, codec, codec.fingerprint(folder), null, config.video.to_dict())
+
+    @property
+    def encode_prompts(self) -> Encode:
+        return self.codec.encode_prompts
 
     def describe(self) -> dict[str, Any]:
         return {

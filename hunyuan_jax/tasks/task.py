@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.dataset import Dataset
+from hunyuan_jax.data.loader import Encode
 
 Params = Any
 
@@ -28,6 +29,10 @@ class Task(Protocol):
     @property
     def critic(self) -> Any:
         """How a critic is trained beside the model (`CriticConfig`), None where there is none."""
+
+    @property
+    def encode_prompts(self) -> Encode | None:
+        """Makes the text states of records that have none; None for a task without prompts."""
 
     @classmethod
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "Task":

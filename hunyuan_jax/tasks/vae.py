@@ -105,6 +105,7 @@ class VAETask:
     """
 
     component: ClassVar[str] = "vae"
+    encode_prompts: ClassVar[None] = None
 
     model: VAEConfig
     loss_config: VAELossConfig
