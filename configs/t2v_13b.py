@@ -71,6 +71,7 @@ def _encode(stage: str) -> ConfigDict:
                 "keep": dict.fromkeys(DETAILS, 0.8),
             },
             "variants": 4,
+            "store_text": True,  # False leaves the states to training
             "clips_per_shard": 256,
             "tiling": {"tile": (64, 256, 256), "overlap": (16, 64, 64)},
         }
@@ -85,6 +86,7 @@ def _train(stage: str) -> ConfigDict:
             "stage": stage,
             "task": "t2v",
             "seed": 0,
+            "text": {"language": "", "clip": ""},  # where the encoders lie, if training needs them and they are not where they were
             "start": "",  # weights to go on from, in any layout: the stage before, exported, or released ones
             "model": {
                 "width": 3072,

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from hunyuan_jax.data.dataset import sha256_of
 from hunyuan_jax.data.records import TextStates
-from hunyuan_jax.errors import UserError
+from hunyuan_jax.errors import UserError, nearest
 from hunyuan_jax.models.text_encoders import CLIPText, CLIPTextConfig, Dtype, TextTower, TextTowerConfig, abstract_params
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import param_shardings
@@ -127,7 +127,10 @@ class TowersConfig:
         return dataclasses.asdict(self)
 
     def at(self, places: Mapping[str, str]) -> "TowersConfig":
-        """With some of `PLACES` elsewhere."""
+        """With some of `PLACES` elsewhere. Raises `UserError` for other names."""
+        for name in places:
+            if name not in PLACES:
+                raise UserError(f"text: {name} is no part that lies somewhere. {nearest(name, list(PLACES))}")
         moved: dict[str, Any] = dict(places)
         return dataclasses.replace(self, **moved)
 

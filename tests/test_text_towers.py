@@ -218,5 +218,10 @@ def test_every_stage_of_the_ladder_can_be_encoded_for(stage, config, folders):
         text_config(section.text)
 
 
+def test_only_what_lies_somewhere_can_be_moved(config):
+    with pytest.raises(UserError, match="Did you mean 'language_tokenizer'"):
+        config.at({"language_tokeniser": "x"})
+
+
 def test_a_section_with_a_language_model_is_one_with_weights(config):
     assert text_config(fields(config)) == config

@@ -117,8 +117,8 @@ class T2VTask:
                 f"A model with guidance_embed is told its scale; sampling.cfg_scale {sampling.cfg_scale} would guide it "
                 "a second time; set sampling.cfg_scale to 1."
             )
-        places = config.get("text", {})
-        codec = codec.with_text(codec.text.at(places)) if places else codec
+        places = {name: place for name, place in config.get("text", {}).items() if place}
+        codec = codec.with_text(codec.text.at(places))
         first = dataset.read([0])[0]
         if isinstance(first, Latent) and not first.texts[0].is_encoded:
             codec.load_encoder()  # now, where an error is clear, and not in a thread that reads ahead
