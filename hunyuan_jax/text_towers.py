@@ -20,15 +20,14 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from hunyuan_jax.data.dataset import sha256_of
 from hunyuan_jax.data.records import TextStates
 from hunyuan_jax.errors import UserError, nearest
 from hunyuan_jax.models.text_encoders import CLIPText, CLIPTextConfig, Dtype, TextTower, TextTowerConfig, abstract_params
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
-from hunyuan_jax.parallel.sharding import param_shardings
+from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings, replicated
 from hunyuan_jax.templates import RELEASED, Template, released_template
 from hunyuan_jax.tensor_files import open_tensors, write_safetensors
 from hunyuan_jax.text_weights import clip_text_config, load_clip_text, load_text_tower, text_tower_config
@@ -204,7 +203,7 @@ class TextTowers:
         out: dict[int, TextStates] = {}
         tokens = self.tokenize(prompts)
         lengths = [-(-len(text) // LENGTH_STEP) * LENGTH_STEP for text in tokens]
-        at_once = self.config.prompts_at_once
+        at_once = -(-self.config.prompts_at_once // self._mesh.size) * self._mesh.size  # split over all devices
         for length in sorted(set(lengths)):
             alike = [n for n in range(len(prompts)) if lengths[n] == length]
             for start in range(0, len(alike), at_once):
@@ -222,7 +221,7 @@ class TextTowers:
         for row, text in enumerate(tokens):
             ids[row, : len(text)], mask[row, : len(text)] = text, True
         with jax.set_mesh(self._mesh):  # whatever mesh the caller works on
-            states = self._run(self._params, ids, mask, clip_tokens)
+            states = self._run(self._params, *jax.device_put((ids, mask, clip_tokens), batch_sharding(self._mesh)))
         return np.asarray(states[0], np.float32), np.asarray(states[1], np.float32)
 
     @functools.cached_property
@@ -232,7 +231,7 @@ class TextTowers:
             clip: Any = CLIPText(self._clip).apply({"params": params[1]}, clip_tokens)
             return txt, clip[1]
 
-        return jax.jit(run, out_shardings=NamedSharding(self._mesh, P()))
+        return jax.jit(run, out_shardings=replicated(self._mesh))
 
 
 @dataclasses.dataclass(frozen=True)

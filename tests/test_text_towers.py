@@ -19,6 +19,7 @@ from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.settings import build
 from hunyuan_jax.templates import released_template
 from hunyuan_jax.text_towers import TowersConfig
+from tests.commands import run_program
 from tests.tiny_towers import make_towers, save_towers
 
 PROMPTS = ["a red circle moves left", "", "a blue square stands still " * 40, "green"]
@@ -90,6 +91,29 @@ def test_before_they_are_rounded_states_are_the_pipelines_to_float32(models, con
     for row, text in enumerate(tokens):
         assert relative_error(ours[row, template.crop_start : len(text)], states[row][mask[row]]) <= 1e-5
     assert relative_error(vectors, pooled) <= 1e-5
+
+
+SPREAD = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from hunyuan_jax.text_towers import TowersConfig
+towers = TowersConfig(language=FOLDERS + "/language", clip=FOLDERS + "/clip", dtype="float32", prompts_at_once=3).load()
+kernel = towers._params[0]["layers_0"]["q_proj"]["kernel"]
+assert kernel.addressable_shards[0].data.shape == (8, 32), kernel.sharding
+for states in towers.encode(["a red circle moves left", "green"]):
+    print(len(states.txt), *np.round(states.txt.astype(np.float32)[-1, :4], 2), *np.round(states.pooled.astype(np.float32)[:4], 2))
+"""
+
+
+def test_spread_over_devices_encoders_give_the_same(folders, encoded):
+    lines = run_program(SPREAD.replace("FOLDERS", repr(str(folders)))).splitlines()
+    for line, states in zip(lines, (encoded[0], encoded[3]), strict=True):
+        length, *values = line.split()
+        assert int(length) == len(states.txt)
+        here = [*states.txt.astype(np.float32)[-1, :4], *states.pooled.astype(np.float32)[:4]]
+        np.testing.assert_allclose([float(value) for value in values], here, rtol=2**-7, atol=0.006)
 
 
 def test_a_prompts_states_do_not_depend_on_its_company(config, encoded):
