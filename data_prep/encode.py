@@ -3,7 +3,8 @@
 For each bucket of the config: decode the clips that fit, encode them with the VAE, add the text states of their prompts, write
 shards of `Latent` records. The codec (VAE and text tower) is written beside them. Shards have names made from everything that
 decides their content, so a run that was stopped goes on with the missing ones, and one with another VAE, tower or config never
-mixes with them. Shards depend on no other shard: workers may write them in any order.
+mixes with them. Shards depend on no other shard: with `--worker I --workers N` N processes, on as many machines as see the folder, each
+write a part of them. The first makes the codec, the one that ends last the index. Clips of a batch are spread over a process's devices.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,25 @@ from tqdm import tqdm
 
 from hunyuan_jax import convert
 from hunyuan_jax.checkpoint import load_params, read_model
-from hunyuan_jax.codec import Codec, text_config
+from hunyuan_jax.codec import Codec, load_codec, text_config
 from hunyuan_jax.data import records
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.captions import Caption
-from hunyuan_jax.data.dataset import Dataset, open_dataset, sha256_of, write_index, write_shard
+from hunyuan_jax.data.dataset import Dataset, open_dataset, sha256_of, write_index, write_json, write_shard
 from hunyuan_jax.data.prompts import PromptConfig, make_prompt, prompt_variants
 from hunyuan_jax.data.transforms import fit_to_bucket
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.models.vae import VAE, LatentMoments, Posterior, VAEConfig, abstract_params, whitened
 from hunyuan_jax.models.vae_tiling import Tiling, encode_tiled
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import batch_sharding, replicated
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.video_io import read_video
 
 Encoder = Callable[[np.ndarray], Posterior]  # frames [B, T, H, W, 3] in [-1, 1] to their posterior
 
+CODEC_WAIT_SECONDS = 3600
+REMEMBERED_PROMPTS = 4096
 FORMAT = 4  # part of every fingerprint; raised when the same inputs would give other records
 
 
@@ -83,51 +89,101 @@ class Piece:
     rows: tuple[int, ...]
 
 
-def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: EncodeConfig) -> None:
-    """Writes the latent dataset of `clips` into `output`, or what is missing of it."""
+def encode(clips: Dataset, vae: tuple[VAEConfig, Any], output: Path, *, config: EncodeConfig, worker: int = 0, workers: int = 1) -> None:
+    """Writes the latent dataset of `clips` into `output`, or what is missing of it; of several workers each writes its part."""
     buckets = [build(Bucket, section, where=f"buckets[{i}]") for i, section in enumerate(config.buckets)]
-    text = text_config(config.text).resolved()
-    codec = Codec(vae[0], jax.tree.map(jnp.asarray, vae[1]), text)
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
     # The parameters are an argument: measuring and encoding share what is compiled for the longest bucket.
-    encode_frames: Any = jax.jit(lambda params, frames: VAE(vae[0]).apply({"params": params}, frames, method="encode"))
+    whole: Any = jax.jit(lambda params, frames: VAE(vae[0]).apply({"params": params}, frames, method="encode"))
+    encode_frames: Any = lambda params, frames: whole(params, jax.device_put(frames, batch_sharding(mesh)))  # noqa: E731
     if config.tiling:
         encode_frames = functools.partial(encode_tiled, vae[0], tiling=build(Tiling, config.tiling, where="tiling"))
+    spread = [dataclasses.replace(b, batch=-(-b.batch // mesh.size) * mesh.size) for b in buckets]
+    prompts = prompts_of(clips.rows, config)
+    base = {"format": FORMAT, "clips": sha256_of(clips.folder / "dataset.json"), "vae": fingerprint_vae(*vae), "config": identity(config)}
+
+    def make() -> Codec:
+        return make_codec(clips, vae, prompts, config=config, buckets=spread, encode_frames=encode_frames)
+
+    codec = _codec_for(base, output, make, wait=worker > 0)
+    codec = codec.with_text(codec.text.at(text_config(config.text).places))
+    made_from = base | {"codec": codec.fingerprint(output / "codec")}
+    pieces = plan_pieces(clips, spread, made_from, clips_per_shard=config.clips_per_shard)
+    states = PromptStates(codec if config.store_text else None)
+    encoder = functools.partial(encode_frames, jax.device_put(codec.vae_params, replicated(mesh)))
+    mine = pieces[worker::workers]
+    with tqdm(total=sum(len(p.rows) for p in mine), unit="clip", desc="encode", dynamic_ncols=True) as bar:
+        for piece in mine:
+            path = output / piece.name
+            if not path.exists():
+                write_shard(path, _encode_piece(piece, clips, prompts, states, encoder))
+            bar.update(len(piece.rows))
+    if missing := sum(not (output / piece.name).exists() for piece in pieces):
+        print(f"encode: worker {worker} of {workers} is done; {missing} of {len(pieces)} shards are left to others")
+        return
+    shards = [{"name": p.name, "records": len(p.rows), "sha256": sha256_of(output / p.name)} for p in pieces]
+    rows = [_manifest_row(clips.rows[n], piece, index) for piece in pieces for index, n in enumerate(piece.rows)]
+    write_index(output, kind="Latent", rows=rows, shards=shards, made_from=made_from)
+    for stale in set(output.glob("*.array_record*")) - {output / p.name for p in pieces}:
+        stale.unlink(missing_ok=True)
+
+
+def make_codec(
+    clips: Dataset,
+    vae: tuple[VAEConfig, Any],
+    prompts: dict[int, list[str]],
+    *,
+    config: EncodeConfig,
+    buckets: Sequence[Bucket],
+    encode_frames: Any,
+) -> Codec:
+    """The VAE, whitened where the config says so, and the text side, with its statistics where the config says so."""
+    text = text_config(config.text).resolved()
+    codec = Codec(vae[0], jax.tree.map(jnp.asarray, vae[1]), text)
     if config.whitening_ridge > 0:
         encoder = functools.partial(encode_frames, codec.vae_params)
         moments = measure_latents(clips, encoder, buckets, limit=config.measure_clips)
         white = jax.tree.map(jnp.asarray, whitened(vae[1], moments, ridge=config.whitening_ridge))
         codec = dataclasses.replace(codec, vae=dataclasses.replace(codec.vae, scaling_factor=1.0), vae_params=white)
-    prompts = prompts_of(clips.rows, config)
-    distinct = sorted({prompt for variants in prompts.values() for prompt in variants})
     if config.measure_text:
+        distinct = sorted({prompt for variants in prompts.values() for prompt in variants})
         codec = codec.with_text(text.with_statistics(distinct))
-    codec.save(output / "codec")
-    made_from = {
-        "format": FORMAT,
-        "clips": sha256_of(clips.folder / "dataset.json"),
-        "vae": fingerprint_vae(*vae),
-        "codec": codec.fingerprint(output / "codec"),
-        "config": identity(config),
-    }
-    pieces = plan_pieces(clips, buckets, made_from, clips_per_shard=config.clips_per_shard)
-    made = codec.encode_prompts(distinct) if config.store_text else map(records.TextStates.unencoded, distinct)
-    states = dict(zip(distinct, made, strict=True))
+    return codec
 
-    encoder = functools.partial(encode_frames, codec.vae_params)
-    rows: list[dict[str, Any]] = []
-    shards = []
-    with tqdm(total=sum(len(p.rows) for p in pieces), unit="clip", desc="encode", dynamic_ncols=True) as bar:
-        for piece in pieces:
-            path = output / piece.name
-            if not path.exists():
-                items = _encode_piece(piece, clips, prompts, states, encoder)
-                write_shard(path, items)
-            bar.update(len(piece.rows))
-            shards.append({"name": piece.name, "records": len(piece.rows), "sha256": sha256_of(path)})
-            rows += [_manifest_row(clips.rows[n], piece, index) for index, n in enumerate(piece.rows)]
-    write_index(output, kind="Latent", rows=rows, shards=shards, made_from=made_from)
-    for stale in set(output.glob("*.array_record*")) - {output / p.name for p in pieces}:
-        stale.unlink()
+
+def _codec_for(base: dict[str, Any], output: Path, make: Callable[[], Codec], *, wait: bool) -> Codec:
+    """The codec in `output` that was made from `base`: the one that is there, the one another worker makes, or a new one."""
+    ready, deadline = output / "codec.json", time.monotonic() + CODEC_WAIT_SECONDS
+    while (json.loads(ready.read_text()) if ready.exists() else None) != base:
+        if not wait:
+            ready.unlink(missing_ok=True)
+            make().save(output / "codec")
+            write_json(ready, base)
+        elif time.monotonic() > deadline:
+            raise UserError(
+                f"Worker 0 has not made the codec in {output} from the same clips, VAE and config within "
+                f"{CODEC_WAIT_SECONDS // 60} minutes; start it with the same arguments, then this worker again."
+            )
+        else:
+            time.sleep(1)
+    return load_codec(output / "codec")  # its text encoders may lie elsewhere by now
+
+
+class PromptStates:
+    """The states of prompts, some thousands of which are remembered; without a codec they stay prompts."""
+
+    def __init__(self, codec: Codec | None) -> None:
+        self._codec = codec
+        self._known: dict[str, records.TextStates] = {}
+
+    def of(self, prompts: Sequence[str]) -> dict[str, records.TextStates]:
+        if self._codec is None:
+            return {prompt: records.TextStates.unencoded(prompt) for prompt in prompts}
+        missing = sorted(set(prompts) - self._known.keys())
+        if len(self._known) + len(missing) > REMEMBERED_PROMPTS:
+            self._known, missing = {}, sorted(set(prompts))
+        self._known |= zip(missing, self._codec.encode_prompts(missing), strict=True)
+        return {prompt: self._known[prompt] for prompt in prompts}
 
 
 def bytes_of_a_clip(vae: VAEConfig, config: EncodeConfig) -> tuple[int, int]:
@@ -202,9 +258,10 @@ def _batches(frames: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
 
 
 def _encode_piece(
-    piece: Piece, clips: Dataset, prompts: dict[int, list[str]], states: dict[str, records.TextStates], encoder: Encoder
+    piece: Piece, clips: Dataset, prompts: dict[int, list[str]], prompt_states: PromptStates, encoder: Encoder
 ) -> list[bytes]:
     items = []
+    states = prompt_states.of([prompt for number in piece.rows for prompt in prompts[number]])
     size = piece.bucket.batch
     for start in range(0, len(piece.rows), size):
         numbers = piece.rows[start : start + size]
@@ -270,7 +327,11 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("clips", None, "Folder of the curated clips.")
     flags.DEFINE_string("vae", None, "A training run of the VAE, or a folder with its weights in the released layout.")
     flags.DEFINE_string("output", None, "Folder for the latents.")
+    flags.DEFINE_integer("worker", 0, "Which of the workers this is, from 0.", lower_bound=0)
+    flags.DEFINE_integer("workers", 1, "How many workers there are.", lower_bound=1)
     parse_flags(argv, required=("config", "clips", "vae", "output"))
+    if flags.FLAGS.worker >= flags.FLAGS.workers:
+        raise UserError(f"--worker={flags.FLAGS.worker} is none of {flags.FLAGS.workers} workers, which count from 0.")
     section: ConfigDict = config_file.value
     config = build(EncodeConfig, section, where="encode")
     clips, output = open_dataset(flags.FLAGS.clips, kind="Clip"), Path(flags.FLAGS.output)
@@ -282,7 +343,7 @@ def main(argv: list[str]) -> None:
     print(f"encode: {len(clips.rows)} clips from {clips.folder} into {output}, {len(config.buckets)} buckets")
     latents, texts = bytes_of_a_clip(vae[0], config)
     print(f"encode: a clip in all buckets takes {latents:,} bytes of latents and at most {texts:,} of text states")
-    encode(clips, vae, output, config=config)
+    encode(clips, vae, output, config=config, worker=flags.FLAGS.worker, workers=flags.FLAGS.workers)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,11 @@ class RandomTowerConfig:
         """As it is: nothing that it needs lies elsewhere."""
         return self
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Where parts of it lie: nowhere."""
+        return {}
+
     def at(self, places: Mapping[str, str]) -> "RandomTowerConfig":
         """As it is, for no places. Raises `UserError` for any."""
         if places:

@@ -125,6 +125,11 @@ class TowersConfig:
         """All fields, as JSON has them."""
         return dataclasses.asdict(self)
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the parts lie, by name."""
+        return {name: getattr(self, name) for name in PLACES}
+
     def at(self, places: Mapping[str, str]) -> "TowersConfig":
         """With some of `PLACES` elsewhere. Raises `UserError` for other names."""
         for name in places:

@@ -103,6 +103,20 @@ def test_encoding_again_does_nothing_and_a_lost_shard_comes_back_the_same(world)
     assert json.loads((world / "latents" / "dataset.json").read_text()) == index
 
 
+def test_several_workers_write_the_dataset_that_one_writes(world, tmp_path):
+    command = ("data_prep.encode", "--clips", f"{world}/clips", "--vae", f"{world}/random_vae", "--output", f"{tmp_path}/latents")
+    command += ("--config=configs/quickstart.py:encode", "--config.clips_per_shard=20", "--workers=2")
+    waiting = subprocess.Popen([sys.executable, "-m", *command, "--worker=1"], cwd=ROOT)  # for the first worker's codec
+    try:
+        run_module(*command, "--worker=0")
+        assert waiting.wait(timeout=300) == 0
+    finally:
+        waiting.kill()
+    there, here = ((folder / "latents" / "dataset.json").read_text() for folder in (world, tmp_path))
+    assert here == there
+    assert "is none of 2 workers" in run_module(*command, "--worker=2", expect=2)
+
+
 def test_resumed_run_equals_uninterrupted_run(world, trained, tmp_path):
     train(tiny_t2v(world, 3), tmp_path)
     train(tiny_t2v(world, 6), tmp_path)
@@ -247,6 +261,13 @@ def test_a_model_of_encoders_with_weights_is_trained_without_them_or_with_them_t
     encode(clips, vae, tmp_path / "bare", config=bare)
     assert bytes_of_a_clip(TINY_VAE, bare)[1] == 0
     (tmp_path / "models").rename(tmp_path / "elsewhere")
+    index = json.loads((tmp_path / "latents" / "dataset.json").read_text())
+    (tmp_path / "latents" / "dataset.json").unlink()
+    (tmp_path / "latents" / index["shards"][0]["name"]).unlink()
+    elsewhere = {name: str(tmp_path / "elsewhere" / name) for name in places}
+    encode(clips, vae, tmp_path / "latents", config=dataclasses.replace(config, text={**text, **elsewhere}))
+    assert json.loads((tmp_path / "latents" / "dataset.json").read_text()) == index
+
     training = tiny_t2v(world, 2)
     training.data.update({"path": str(tmp_path / "latents"), "text_length": 12})
     training.model.update({"text_dim": 32, "pooled_dim": 24})
@@ -256,7 +277,7 @@ def test_a_model_of_encoders_with_weights_is_trained_without_them_or_with_them_t
     online.data.path = str(tmp_path / "bare")
     with pytest.raises(UserError, match=f"language is missing: {tmp_path}/models/language"):
         train(online, tmp_path / "online")
-    online.text = {name: str(tmp_path / "elsewhere" / name) for name in places}
+    online.text = elsewhere
     train(online, tmp_path / "online")
     model = generate.load_model(tmp_path / "run")
     abstract = jax.eval_shape(lambda: model.task.init(jax.random.key(0)))
