@@ -18,7 +18,7 @@ from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.settings import build
 from hunyuan_jax.templates import released_template
-from hunyuan_jax.text_towers import TowersConfig
+from hunyuan_jax.text_towers import LENGTH_STEP, TowersConfig
 from tests.commands import run_program
 from tests.tiny_towers import make_towers, save_towers
 
@@ -117,9 +117,12 @@ def test_spread_over_devices_encoders_give_the_same(folders, encoded):
 
 
 def test_a_prompts_states_do_not_depend_on_its_company(config, encoded):
-    (alone,) = config.load().encode(PROMPTS[:1])
-    np.testing.assert_array_equal(alone.txt, encoded[0].txt)
-    np.testing.assert_array_equal(alone.pooled, encoded[0].pooled)
+    towers = dataclasses.replace(config, template=OWN, max_tokens=200).load()
+    assert len({len(text) // LENGTH_STEP for text in towers.tokenize(PROMPTS)}) > 1
+    for prompt, beside in zip(PROMPTS, towers.encode(PROMPTS), strict=True):
+        (alone,) = towers.encode([prompt])
+        np.testing.assert_array_equal(alone.txt, beside.txt)
+        np.testing.assert_array_equal(alone.pooled, beside.pooled)
     assert [states.prompt for states in encoded] == PROMPTS
 
 
