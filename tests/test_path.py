@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,6 +178,15 @@ def test_generated_videos_do_not_depend_on_the_batch_and_can_be_scored(world, tr
     assert len(figures["flow_loss_by_time"]) == len(evaluate.TIMES)
     assert len(figures["videos"]) == len(index)
     assert set(figures["accuracy"]["all"]) == {"colour", "shape", "direction"}
+
+
+def test_videos_are_decoded_within_the_memory_that_is_asked_for_or_not_at_all(trained, tmp_path):
+    command = ("hunyuan_jax.generate", "--checkpoint", str(trained), "--prompt", "a red circle", "--output", str(tmp_path))
+    assert "the smallest tile needs" in run_module(*command, "--vae_memory_gib=0.0001", expect=2)
+    said = run_module(*command, "--vae_memory_gib=0.02")
+    assert re.search(r"decoding in tiles of \d+ frames, \d+ x \d+", said)
+    (video,) = tmp_path.glob("*.mp4")
+    assert read_video(video).frames.shape == (*QUICKSTART_SIZE, 3)
 
 
 def test_accuracy_counts_each_reading_by_itself_and_groups_apart():
