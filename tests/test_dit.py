@@ -146,9 +146,9 @@ def test_scan_equals_the_loop_over_blocks(params):
     x, vec = tokens_of(0, 2, 18 + 5, TINY.width), tokens_of(1, 2, 1, TINY.width)
     conditions = joint_conditions(TINY, (3, 2, 3), vec, jnp.array([5, 2]), num_txt=5, clean_frames=None)
     weights = params["single_blocks"]
-    scanned, _ = stacked(SingleBlock, length=3, remat="none")(TINY).apply({"params": weights}, x, conditions)
+    (scanned,), _ = stacked(SingleBlock, length=3, remat="none")(TINY).apply({"params": weights}, (x,), conditions)
     for layer in range(3):
-        x, _ = SingleBlock(TINY).apply({"params": jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights)}, x, conditions)
+        (x,), _ = SingleBlock(TINY).apply({"params": jax.tree.map(lambda leaf, layer=layer: leaf[layer], weights)}, (x,), conditions)
     np.testing.assert_allclose(scanned, x, atol=1e-4)
 
 

@@ -183,7 +183,7 @@ def test_single_block_equals_diffusers(pair):
     img, txt, conditions, told = block_inputs(config, model)
     theirs = torch.cat(model.single_transformer_blocks[0](*tensors(img, txt), *told), dim=1)
     joint = np.concatenate([img, txt], axis=1)
-    ours, _ = SingleBlock(config).apply({"params": first_layer(params["single_blocks"])}, joint, conditions)
+    (ours,), _ = SingleBlock(config).apply({"params": first_layer(params["single_blocks"])}, (joint,), conditions)
     assert difference(ours, theirs) < LARGEST_ERROR
 
 

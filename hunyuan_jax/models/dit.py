@@ -8,13 +8,17 @@ Double blocks keep separate weights for the image and the text stream and attend
 sequence with one set of weights. Blocks of a kind are scanned: their parameters carry a leading layer axis. Parameter names
 follow the released checkpoint.
 
+Where the mesh has an axis `sequence` of several devices, image tokens are split over it, filled up to a multiple of it, and stay a
+stream beside the text in single blocks too (parallel/context_attention.py). The result is that of one device.
+
 Axis letters: B samples, T Y X latent frames, rows and columns, C channels, L image tokens, S text tokens, M = L + S, D width,
 H heads, d head width, P pooled features, E segments of a sample (see `Conditions`).
 """
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +49,8 @@ from hunyuan_jax.models.layers import (
     silu,
     sinusoid,
 )
+from hunyuan_jax.parallel.context_attention import Method, context_attention, degree_of
+from hunyuan_jax.parallel.sharding import sequence_size, split_tokens
 
 TIME_SCALE = 1000.0  # the released models count time and guidance in thousandths
 REFINER_MLP_RATIO = 4.0  # of the token refiner, whatever the blocks have
@@ -72,6 +78,7 @@ class DiTConfig:
     rope_axes: tuple[int, int, int] = (16, 56, 56)  # channels of a head turned by frame, row and column
     rope_theta: float = 256.0
     remat: Remat = "none"  # "full" recomputes each block in the backward pass
+    context: Method = "ring"  # how devices of the mesh's axis sequence attend together
     dtype: ComputeDtype = "float32"  # of the linear layers and the residual stream; parameters are float32
 
     def __post_init__(self) -> None:
@@ -86,7 +93,9 @@ class DiTConfig:
                 f"DiTConfig: rope_axes must be even and sum to the head width {self.head_dim} (width / num_heads), "
                 f"but {self.rope_axes} sums to {sum(self.rope_axes)}; change rope_axes, width or num_heads."
             )
-        for name, value, allowed in (("remat", self.remat, get_args(Remat)), ("dtype", self.dtype, get_args(ComputeDtype))):
+        choices = (("remat", get_args(Remat)), ("context", get_args(Method)), ("dtype", get_args(ComputeDtype)))
+        for name, allowed in choices:
+            value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"DiTConfig: {name} must be one of {', '.join(allowed)}, not {value!r}.")
 
@@ -120,6 +129,13 @@ RELEASED = DiTConfig(
 )
 
 
+class Context(NamedTuple):
+    """How image tokens are split over devices: the number of real ones, and how many devices share heads."""
+
+    num_img: int
+    degree: int
+
+
 @struct.dataclass
 class Conditions:
     """What every block is told besides its tokens, the same for all layers.
@@ -132,6 +148,11 @@ class Conditions:
     clean: Bool[Array, "B M"] | None
     rope: Rope  # of the M joint tokens; text tokens are turned by nothing
     kv_lengths: Int[Array, " B"]  # valid joint tokens: every image token, then the valid text tokens
+    context: Context | None = struct.field(pytree_node=False, default=None)  # None where no device shares image tokens with another
+
+    def of_stream(self, start: int, length: int) -> tuple[Array, Array | None]:
+        """The modulation vectors and the clean tokens of a part of the joint sequence."""
+        return self.vec, None if self.clean is None else self.clean[:, start : start + length]
 
 
 def stacked(block: type[nn.Module], *, length: int, remat: Remat) -> type[nn.Module]:
@@ -189,10 +210,28 @@ class TokenRefiner(nn.Module):
         return txt
 
 
-def joint_attention(q: Array, k: Array, v: Array, conditions: Conditions) -> Float[Array, "B M D"]:
-    """Rope and attention over the joint sequence; queries and keys come normed, in float32, and are cast to the dtype of `v`."""
-    q, k = (apply_rope(x, conditions.rope).astype(v.dtype) for x in (q, k))
-    return rearrange(attention(q, k, v, kv_lengths=conditions.kv_lengths), "b m h d -> b m (h d)")
+def joint_attention(streams: Sequence[tuple[Array, Array, Array]], conditions: Conditions) -> list[Float[Array, "B L D"]]:
+    """Rope and attention over the joint sequence; the result of each stream.
+
+    Streams are queries, keys and values, image before text or both in one. Queries and keys come normed, in float32, and are cast to
+    the dtype of the values.
+    """
+    lengths = [stream[0].shape[1] for stream in streams]
+    starts = [sum(lengths[:n]) for n in range(len(lengths))]
+    dtype = streams[0][2].dtype
+
+    def turned(x: Array, start: int) -> Array:
+        return apply_rope(x, Rope(*(table[start : start + x.shape[1]] for table in conditions.rope))).astype(dtype)
+
+    if conditions.context is not None:
+        image, text = ((turned(q, start), turned(k, start), v) for (q, k, v), start in zip(streams, starts, strict=True))
+        num_img, degree = conditions.context
+        txt_lengths = conditions.kv_lengths - num_img
+        results = context_attention(image, text, txt_lengths=txt_lengths, length=num_img, degree=degree)
+        return [rearrange(x, "b l h d -> b l (h d)") for x in results]
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*streams, strict=True))
+    out = rearrange(attention(turned(q, 0), turned(k, 0), v, kv_lengths=conditions.kv_lengths), "b m h d -> b m (h d)")
+    return [out[:, start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
 class DoubleBlock(nn.Module):
@@ -203,21 +242,18 @@ class DoubleBlock(nn.Module):
     @nn.compact
     def __call__(self, streams: tuple[Array, Array], conditions: Conditions) -> tuple[tuple[Array, Array], None]:
         img, txt = streams
-        num_img = img.shape[1]
-        clean = None if conditions.clean is None else conditions.clean[:, :num_img]
-        img_attn_mod, img_mlp_mod = self.modulation("img", conditions.vec, clean)
+        img_attn_mod, img_mlp_mod = self.modulation("img", *conditions.of_stream(0, img.shape[1]))
         txt_attn_mod, txt_mlp_mod = self.modulation("txt", conditions.vec[:, :1], None)
 
         img_qkv = self.normed_heads("img", modulate(img, img_attn_mod.shift, img_attn_mod.scale))
         txt_qkv = self.normed_heads("txt", modulate(txt, txt_attn_mod.shift, txt_attn_mod.scale))
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(img_qkv, txt_qkv, strict=True))
-        attn = joint_attention(q, k, v, conditions)
+        img_attn, txt_attn = joint_attention((img_qkv, txt_qkv), conditions)
 
-        img = gated_add(img, img_attn_mod.gate, self.projection("img", attn[:, :num_img]))
-        txt = gated_add(txt, txt_attn_mod.gate, self.projection("txt", attn[:, num_img:]))
+        img = gated_add(img, img_attn_mod.gate, self.projection("img", img_attn))
+        txt = gated_add(txt, txt_attn_mod.gate, self.projection("txt", txt_attn))
         img = gated_add(img, img_mlp_mod.gate, self.mlp("img", modulate(img, img_mlp_mod.shift, img_mlp_mod.scale)))
         txt = gated_add(txt, txt_mlp_mod.gate, self.mlp("txt", modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)))
-        return (img, txt), None
+        return (split_tokens(img), txt), None
 
     def modulation(self, stream: str, vec: Array, clean: Array | None) -> tuple[ModulationOut, ...]:
         return Modulation(2, self.config.compute_dtype, name=f"{stream}_mod")(vec, clean)
@@ -235,20 +271,33 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """The joint sequence under one set of weights; attention and MLP side by side, between two wide projections."""
+    """The joint sequence under one set of weights; attention and MLP side by side, between two wide projections.
+
+    It comes as one stream, or as two, image and text, where devices share image tokens.
+    """
 
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B M D"], conditions: Conditions) -> tuple[Array, None]:
+    def __call__(self, streams: tuple[Float[Array, "B L D"], ...], conditions: Conditions) -> tuple[tuple[Array, ...], None]:
         c = self.config
-        (mod,) = Modulation(1, c.compute_dtype, name="modulation")(conditions.vec, conditions.clean)
-        hidden = linear(3 * c.width + c.mlp_hidden, name="linear1", dtype=c.compute_dtype)(modulate(x, mod.shift, mod.scale))
-        qkv, mlp = jnp.split(hidden, [3 * c.width], axis=-1)
-        q, k, v = split_heads(qkv, c.num_heads)
-        attn = joint_attention(RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k), v, conditions)
-        update = linear(c.width, name="linear2", dtype=c.compute_dtype)(jnp.concatenate([attn, gelu_tanh(mlp)], axis=-1))
-        return gated_add(x, mod.gate, update), None
+        modulation = Modulation(1, c.compute_dtype, name="modulation")
+        linear1 = linear(3 * c.width + c.mlp_hidden, name="linear1", dtype=c.compute_dtype)
+        linear2 = linear(c.width, name="linear2", dtype=c.compute_dtype)
+        q_norm, k_norm = RMSNorm(name="q_norm"), RMSNorm(name="k_norm")
+        heads, mlps, gates, start = [], [], [], 0
+        for x in streams:
+            (mod,) = modulation(*conditions.of_stream(start, x.shape[1]))
+            start += x.shape[1]
+            qkv, mlp = jnp.split(linear1(modulate(x, mod.shift, mod.scale)), [3 * c.width], axis=-1)
+            q, k, v = split_heads(qkv, c.num_heads)
+            heads.append((q_norm(q), k_norm(k), v))
+            mlps.append(mlp)
+            gates.append(mod.gate)
+        out = []
+        for x, attn, mlp, gate in zip(streams, joint_attention(heads, conditions), mlps, gates, strict=True):
+            out.append(gated_add(x, gate, linear2(jnp.concatenate([attn, gelu_tanh(mlp)], axis=-1))))
+        return (out[0] if len(out) == 1 else split_tokens(out[0]), *out[1:]), None
 
 
 class PatchEmbed(nn.Module):
@@ -314,16 +363,18 @@ class DiT(nn.Module):
         time_features = sinusoid(TIME_SCALE * t)
         vec = self.modulation_vectors(time_features, pooled, guidance, with_clean=clean_frames is not None)
         img = PatchEmbed(c, name="img_in")(latents)
+        num_img, devices = img.shape[1], sequence_size()
+        img = split_tokens(jnp.pad(img, ((0, 0), (0, -num_img % devices), (0, 0))))
         txt = TokenRefiner(c, name="txt_in")(txt, time_features, txt_lengths)
-        conditions = joint_conditions(c, grid, vec, txt_lengths, num_txt=txt.shape[1], clean_frames=clean_frames)
+        conditions = joint_conditions(c, grid, vec, txt_lengths, num_txt=txt.shape[1], clean_frames=clean_frames, devices=devices)
 
         if c.num_double_blocks:
             blocks = stacked(DoubleBlock, length=c.num_double_blocks, remat=c.remat)
             (img, txt), _ = blocks(c, name="double_blocks")((img, txt), conditions)
-        x = jnp.concatenate([img, txt], axis=1)
+        streams = (img, txt) if conditions.context else (jnp.concatenate([img, txt], axis=1),)
         if c.num_single_blocks:
-            x, _ = stacked(SingleBlock, length=c.num_single_blocks, remat=c.remat)(c, name="single_blocks")(x, conditions)
-        patches = FinalLayer(c, name="final_layer")(x[:, : img.shape[1]], vec[:, 0])
+            streams, _ = stacked(SingleBlock, length=c.num_single_blocks, remat=c.remat)(c, name="single_blocks")(streams, conditions)
+        patches = FinalLayer(c, name="final_layer")(streams[0][:, :num_img], vec[:, 0])
         return unpatchify(patches, grid, c.patch_size)[:, : size[0], : size[1], : size[2]].astype(jnp.float32)
 
     def modulation_vectors(self, time_features: Array, pooled: Array, guidance: Array | None, *, with_clean: bool) -> Float[Array, "B E D"]:
@@ -392,15 +443,27 @@ def valid_first(txt: Float[Array, "B S F"], txt_mask: Bool[Array, "B S"]) -> tup
 
 
 def joint_conditions(
-    config: DiTConfig, grid: tuple[int, ...], vec: Array, txt_lengths: Array, *, num_txt: int, clean_frames: Array | None
+    config: DiTConfig,
+    grid: tuple[int, ...],
+    vec: Array,
+    txt_lengths: Array,
+    *,
+    num_txt: int,
+    clean_frames: Array | None,
+    devices: int = 1,
 ) -> Conditions:
-    """The conditions of the joint sequence [image tokens, text tokens]."""
+    """The conditions of the joint sequence [image tokens, text tokens], image tokens filled up to a multiple of `devices`."""
     t, y, x = grid
+    num_img = t * y * x
+    after = -num_img % devices + num_txt
     image = rope_table((t, y, x), config.rope_axes, config.rope_theta)
-    still = jnp.zeros((num_txt, image.cos.shape[1]), jnp.float32)
+    still = jnp.zeros((after, image.cos.shape[1]), jnp.float32)
     rope = Rope(cos=jnp.concatenate([image.cos, still + 1]), sin=jnp.concatenate([image.sin, still]))
     clean = None
     if clean_frames is not None:
-        frame = jnp.arange(t * y * x) // (y * x) * config.patch_size[0]
-        clean = jnp.pad(frame < clean_frames[:, None], ((0, 0), (0, num_txt)))
-    return Conditions(vec=vec, clean=clean, rope=rope, kv_lengths=t * y * x + txt_lengths)
+        frame = jnp.arange(num_img) // (y * x) * config.patch_size[0]
+        clean = jnp.pad(frame < clean_frames[:, None], ((0, 0), (0, after)))
+    context = None
+    if devices > 1:
+        context = Context(num_img, degree_of(config.context, config.num_heads))
+    return Conditions(vec=vec, clean=clean, rope=rope, kv_lengths=num_img + txt_lengths, context=context)

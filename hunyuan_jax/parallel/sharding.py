@@ -93,6 +93,19 @@ def whole_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def sequence_size() -> int:
+    """Within a program: how many devices share the tokens of a sample; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["sequence"]
+
+
+def split_tokens(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """Within a program: the same, with tokens split over `sequence`, which must divide them."""
+    if sequence_size() == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, "sequence"))
+
+
 def gathered(params: Any) -> Any:
     """Within a program: the same parameters, whole on every device.
 

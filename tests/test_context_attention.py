@@ -1,0 +1,91 @@
+"""Laws of attention whose tokens are split over devices: it is that of one device, in memory that grows with a device's own tokens."""
+
+import jax
+import pytest
+
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.parallel.context_attention import degree_of
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.commands import run_module, run_program
+
+EQUAL = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from hunyuan_jax.models.attention import attention
+from hunyuan_jax.parallel import context_attention as context
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+
+context.BLOCK_SCORES = 300  # several blocks of queries
+rng = np.random.default_rng(0)
+for sizes, heads, degree in (((1, 1, 8, 1), 3, 1), ((1, 1, 8, 1), 8, 8), ((1, 1, 4, 2), 4, 2), ((2, 1, 4, 1), 2, 1)):
+    length, padded, txt = 53, 56, 7
+    x = [rng.normal(size=(3, n, heads, 4)).astype(np.float32) for n in 3 * (padded,) + 3 * (txt,)]
+    lengths = np.array([0, 3, 7], np.int32)
+    slopes = [rng.normal(size=(3, n, heads, 4)).astype(np.float32) for n in (length, txt)]
+
+    def score(img, txt):
+        return jnp.sum(img[:, :length] * slopes[0]) + jnp.sum(txt * slopes[1])
+
+    def whole(*x):
+        q, k, v = (jnp.concatenate([a[:, :length], b], axis=1) for a, b in zip(x[:3], x[3:]))
+        out = attention(q, k, v, kv_lengths=length + lengths)
+        return score(out[:, :length], out[:, length:])
+
+    def split(*x):
+        return score(*context.context_attention(x[:3], x[3:], txt_lengths=jnp.asarray(lengths), length=length, degree=degree))
+
+    value, grads = jax.jit(jax.value_and_grad(whole, argnums=range(6)))(*x)
+    with jax.set_mesh(make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes))))):
+        value2, grads2 = jax.jit(jax.value_and_grad(split, argnums=range(6)))(*x)
+    assert abs(value - value2) <= 1e-5 * max(1, abs(value)), (value, value2)
+    for one, other in zip(grads, grads2):
+        error = np.abs(np.asarray(one) - np.asarray(other)).max() / np.abs(one).max()
+        assert error <= 5e-6, (sizes, degree, error)
+print("equal")
+"""
+
+
+def test_attention_over_devices_is_attention_on_one_and_so_are_its_gradients():
+    """Ring, all-to-all, both, and a batch that the axes of a batch do not divide; an empty text and padding among the tokens."""
+    assert run_program(EQUAL) == "equal"
+
+
+def test_a_model_on_any_mesh_gives_the_loss_and_the_gradients_of_one_device():
+    said = run_module("tests.context_cases", "--cases", "4", "--seed", "35")
+    assert "4 cases equal one device" in said
+
+
+MEMORY = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 8)
+from hunyuan_jax.parallel import context_attention as context
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+
+context.BLOCK_SCORES = 2**14
+
+def temporaries(devices, local):
+    length = devices * local
+    x = [jax.ShapeDtypeStruct((1, n, 2, 16), jnp.float32) for n in 3 * (length,) + 3 * (4,)]
+
+    def loss(*x):
+        return sum(map(jnp.sum, context.context_attention(x[:3], x[3:], txt_lengths=jnp.array([4]), length=length, degree=1)))
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=devices), jax.devices()[:devices])):
+        return jax.jit(jax.grad(loss, argnums=range(6))).lower(*x).compile().memory_analysis().temp_size_in_bytes
+
+print(temporaries(2, 1024), temporaries(8, 1024), temporaries(8, 2048))
+"""
+
+
+def test_memory_of_a_ring_grows_with_the_tokens_of_a_device_and_not_with_all():
+    few, many, longer = map(int, run_program(MEMORY).split())
+    assert many <= 1.25 * few  # four times the tokens in all
+    assert longer <= 2.2 * many
+
+
+def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
+    with jax.set_mesh(make_mesh(MeshConfig(sequence=2, tensor=4), devices=8 * jax.devices()[:1])):
+        assert degree_of("heads", 24) == 2
+        assert degree_of("ring", 24) == 1
+        with pytest.raises(UserError, match=r"mesh.tensor=4 does not divide the 6 heads; set it to one of 1, 2, 3, 6"):
+            degree_of("ring", 6)
