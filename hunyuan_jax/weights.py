@@ -33,7 +33,7 @@ COMPONENTS = {"transformer": DiTConfig, "vae": VAEConfig}
 PREFIXES = ("model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "model.", "vae.")
 CONFIG = "hunyuan_jax.config"  # key of the metadata that a file of ours has
 CONDITION = "image_condition_type"  # key of diffusers' config.json, and of our metadata, that no shape tells
-HOW = ("remat", "dtype", "convolution")  # fields that say how to compute and not what the weights are
+HOW = ("remat", "dtype", "convolution", "attention", "context")  # fields that say how to compute and not what the weights are
 
 LICENCE_KEY = "licence"  # key of the metadata of weights that were not trained here
 LICENCE = (

@@ -12,12 +12,19 @@ EQUAL = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from hunyuan_jax.models.attention import attention
-from hunyuan_jax.parallel import context_attention as context
+from hunyuan_jax import attention_kernels
+from hunyuan_jax.parallel.context_attention import How, context_attention
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 
-context.BLOCK_SCORES = 300  # several blocks of queries
+attention_kernels.BLOCK_SCORES = 300  # several blocks of queries
 rng = np.random.default_rng(0)
-for sizes, heads, degree in (((1, 1, 8, 1), 3, 1), ((1, 1, 8, 1), 8, 8), ((1, 1, 4, 2), 4, 2), ((2, 1, 4, 1), 2, 1)):
+for sizes, heads, degree, backend in (
+    ((1, 1, 8, 1), 3, 1, "reference"),
+    ((1, 1, 8, 1), 8, 8, "reference"),
+    ((1, 1, 4, 2), 4, 2, "reference"),
+    ((2, 1, 4, 1), 2, 1, "splash"),
+    ((2, 2, 1, 2), 2, 1, "splash"),
+):
     length, padded, txt = 53, 56, 7
     x = [rng.normal(size=(3, n, heads, 4)).astype(np.float32) for n in 3 * (padded,) + 3 * (txt,)]
     lengths = np.array([0, 3, 7], np.int32)
@@ -32,7 +39,7 @@ for sizes, heads, degree in (((1, 1, 8, 1), 3, 1), ((1, 1, 8, 1), 8, 8), ((1, 1,
         return score(out[:, :length], out[:, length:])
 
     def split(*x):
-        return score(*context.context_attention(x[:3], x[3:], txt_lengths=jnp.asarray(lengths), length=length, degree=degree))
+        return score(*context_attention(x[:3], x[3:], txt_lengths=jnp.asarray(lengths), how=How(length, degree, backend)))
 
     value, grads = jax.jit(jax.value_and_grad(whole, argnums=range(6)))(*x)
     with jax.set_mesh(make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes))))):
@@ -40,7 +47,7 @@ for sizes, heads, degree in (((1, 1, 8, 1), 3, 1), ((1, 1, 8, 1), 8, 8), ((1, 1,
     assert abs(value - value2) <= 1e-5 * max(1, abs(value)), (value, value2)
     for one, other in zip(grads, grads2):
         error = np.abs(np.asarray(one) - np.asarray(other)).max() / np.abs(one).max()
-        assert error <= 5e-6, (sizes, degree, error)
+        assert error <= 5e-6, (sizes, degree, backend, error)
 print("equal")
 """
 
@@ -58,17 +65,18 @@ def test_a_model_on_any_mesh_gives_the_loss_and_the_gradients_of_one_device():
 MEMORY = """
 import jax, jax.numpy as jnp
 jax.config.update("jax_num_cpu_devices", 8)
-from hunyuan_jax.parallel import context_attention as context
+from hunyuan_jax import attention_kernels
+from hunyuan_jax.parallel.context_attention import How, context_attention
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 
-context.BLOCK_SCORES = 2**14
+attention_kernels.BLOCK_SCORES = 2**14
 
 def temporaries(devices, local):
     length = devices * local
     x = [jax.ShapeDtypeStruct((1, n, 2, 16), jnp.float32) for n in 3 * (length,) + 3 * (4,)]
 
     def loss(*x):
-        return sum(map(jnp.sum, context.context_attention(x[:3], x[3:], txt_lengths=jnp.array([4]), length=length, degree=1)))
+        return sum(map(jnp.sum, context_attention(x[:3], x[3:], txt_lengths=jnp.array([4]), how=How(length))))
 
     with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=devices), jax.devices()[:devices])):
         return jax.jit(jax.grad(loss, argnums=range(6))).lower(*x).compile().memory_analysis().temp_size_in_bytes

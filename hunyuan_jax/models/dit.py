@@ -17,8 +17,8 @@ H heads, d head width, P pooled features, E segments of a sample (see `Condition
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from hunyuan_jax.attention_kernels import SAVED, Backend, backend_for
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.attention import attention
 from hunyuan_jax.models.layers import (
@@ -49,13 +50,14 @@ from hunyuan_jax.models.layers import (
     silu,
     sinusoid,
 )
-from hunyuan_jax.parallel.context_attention import Method, context_attention, degree_of
-from hunyuan_jax.parallel.sharding import sequence_size, split_tokens
+from hunyuan_jax.parallel.context_attention import How, Method, context_attention, degree_of
+from hunyuan_jax.parallel.sharding import mesh_size, sequence_size, split_tokens
 
 TIME_SCALE = 1000.0  # the released models count time and guidance in thousandths
 REFINER_MLP_RATIO = 4.0  # of the token refiner, whatever the blocks have
 
-Remat = Literal["none", "full"]
+# What each block keeps for the backward pass: all; the results of its attention; the same, in host memory; nothing.
+Remat = Literal["none", "attention", "attention_host", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -77,7 +79,8 @@ class DiTConfig:
     guidance_embed: bool = False  # whether the model takes the guidance scale as an input
     rope_axes: tuple[int, int, int] = (16, 56, 56)  # channels of a head turned by frame, row and column
     rope_theta: float = 256.0
-    remat: Remat = "none"  # "full" recomputes each block in the backward pass
+    remat: Remat = "none"
+    attention: Backend = "auto"  # the kernel
     context: Method = "ring"  # how devices of the mesh's axis sequence attend together
     dtype: ComputeDtype = "float32"  # of the linear layers and the residual stream; parameters are float32
 
@@ -93,9 +96,9 @@ class DiTConfig:
                 f"DiTConfig: rope_axes must be even and sum to the head width {self.head_dim} (width / num_heads), "
                 f"but {self.rope_axes} sums to {sum(self.rope_axes)}; change rope_axes, width or num_heads."
             )
-        choices = (("remat", get_args(Remat)), ("context", get_args(Method)), ("dtype", get_args(ComputeDtype)))
-        for name, allowed in choices:
-            value = getattr(self, name)
+        choices = {"remat": Remat, "attention": Backend, "context": Method, "dtype": ComputeDtype}
+        for name, kind in choices.items():
+            value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
                 raise UserError(f"DiTConfig: {name} must be one of {', '.join(allowed)}, not {value!r}.")
 
@@ -129,13 +132,6 @@ RELEASED = DiTConfig(
 )
 
 
-class Context(NamedTuple):
-    """How image tokens are split over devices: the number of real ones, and how many devices share heads."""
-
-    num_img: int
-    degree: int
-
-
 @struct.dataclass
 class Conditions:
     """What every block is told besides its tokens, the same for all layers.
@@ -148,7 +144,8 @@ class Conditions:
     clean: Bool[Array, "B M"] | None
     rope: Rope  # of the M joint tokens; text tokens are turned by nothing
     kv_lengths: Int[Array, " B"]  # valid joint tokens: every image token, then the valid text tokens
-    context: Context | None = struct.field(pytree_node=False, default=None)  # None where no device shares image tokens with another
+    backend: Backend = struct.field(pytree_node=False, default="auto")
+    context: How | None = struct.field(pytree_node=False, default=None)  # where attention is put together by hand on a mesh
 
     def of_stream(self, start: int, length: int) -> tuple[Array, Array | None]:
         """The modulation vectors and the clean tokens of a part of the joint sequence."""
@@ -157,10 +154,21 @@ class Conditions:
 
 def stacked(block: type[nn.Module], *, length: int, remat: Remat) -> type[nn.Module]:
     """`length` blocks as one module that scans over its parameters' leading axis; carries tokens, broadcasts conditions."""
-    if remat == "full":
+    if remat != "none":
         # The scan itself keeps the recomputation apart from the forward pass, so the costly barriers are not needed.
-        block = nn.remat(block, prevent_cse=False)
+        block = nn.remat(block, prevent_cse=False, policy=_kept(remat))
     return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length)
+
+
+def _kept(remat: Remat) -> Callable[..., bool] | None:
+    policies = jax.checkpoint_policies
+    if remat == "attention":
+        return policies.save_only_these_names(SAVED)
+    if remat == "attention_host":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], offload_src="device", offload_dst="pinned_host"
+        )
+    return None
 
 
 def split_heads(qkv: Float[Array, "B L F"], num_heads: int) -> tuple[Array, Array, Array]:
@@ -225,12 +233,12 @@ def joint_attention(streams: Sequence[tuple[Array, Array, Array]], conditions: C
 
     if conditions.context is not None:
         image, text = ((turned(q, start), turned(k, start), v) for (q, k, v), start in zip(streams, starts, strict=True))
-        num_img, degree = conditions.context
-        txt_lengths = conditions.kv_lengths - num_img
-        results = context_attention(image, text, txt_lengths=txt_lengths, length=num_img, degree=degree)
+        txt_lengths = conditions.kv_lengths - conditions.context.length
+        results = context_attention(image, text, txt_lengths=txt_lengths, how=conditions.context)
         return [rearrange(x, "b l h d -> b l (h d)") for x in results]
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*streams, strict=True))
-    out = rearrange(attention(turned(q, 0), turned(k, 0), v, kv_lengths=conditions.kv_lengths), "b m h d -> b m (h d)")
+    out = attention(turned(q, 0), turned(k, 0), v, kv_lengths=conditions.kv_lengths, backend=conditions.backend)
+    out = rearrange(out, "b m h d -> b m (h d)")
     return [out[:, start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
@@ -464,6 +472,7 @@ def joint_conditions(
         frame = jnp.arange(num_img) // (y * x) * config.patch_size[0]
         clean = jnp.pad(frame < clean_frames[:, None], ((0, 0), (0, after)))
     context = None
-    if devices > 1:
-        context = Context(num_img, degree_of(config.context, config.num_heads))
-    return Conditions(vec=vec, clean=clean, rope=rope, kv_lengths=num_img + txt_lengths, context=context)
+    backend = backend_for(config.attention, config.compute_dtype)
+    if devices > 1 or (backend == "splash" and mesh_size() > 1):  # a Pallas kernel is of one device
+        context = How(num_img, degree_of(config.context, config.num_heads), backend)
+    return Conditions(vec=vec, clean=clean, rope=rope, kv_lengths=num_img + txt_lengths, backend=backend, context=context)

@@ -93,6 +93,12 @@ def whole_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def mesh_size() -> int:
+    """Within a program: how many devices it runs on; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def sequence_size() -> int:
     """Within a program: how many devices share the tokens of a sample; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
