@@ -16,14 +16,33 @@ from typing import Any
 from ml_collections import ConfigDict
 
 # Buckets are (frames, height, width, batch, share of the steps).
+# Devices share the tokens of a sample (`sequence`) where a batch has fewer samples than a pod of 256 chips has chips.
 # Resolutions and frame counts are those of the report (section 4.4); it publishes neither batches nor rates, so those are ours.
 STAGES: dict[str, Any] = {
     "image_256": {"steps": 200_000, "learning_rate": 1e-4, "shift": 1.0, "buckets": ((1, 256, 256, 2048, 1.0),)},
     "image_512": {"steps": 100_000, "learning_rate": 1e-4, "shift": 1.5, "buckets": ((1, 256, 256, 2048, 1.0), (1, 512, 512, 512, 1.0))},
     "video_256": {"steps": 100_000, "learning_rate": 5e-5, "shift": 2.0, "buckets": ((1, 256, 256, 2048, 1.0), (65, 256, 256, 256, 4.0))},
-    "video_360": {"steps": 50_000, "learning_rate": 5e-5, "shift": 3.0, "buckets": ((1, 512, 512, 512, 1.0), (129, 352, 640, 128, 4.0))},
-    "video_540": {"steps": 30_000, "learning_rate": 2e-5, "shift": 5.0, "buckets": ((1, 960, 960, 256, 1.0), (129, 544, 960, 64, 4.0))},
-    "video_720": {"steps": 20_000, "learning_rate": 2e-5, "shift": 7.0, "buckets": ((1, 960, 960, 256, 1.0), (129, 720, 1280, 32, 4.0))},
+    "video_360": {
+        "steps": 50_000,
+        "learning_rate": 5e-5,
+        "shift": 3.0,
+        "buckets": ((1, 512, 512, 512, 1.0), (129, 352, 640, 128, 4.0)),
+        "sequence": 2,
+    },
+    "video_540": {
+        "steps": 30_000,
+        "learning_rate": 2e-5,
+        "shift": 5.0,
+        "buckets": ((1, 960, 960, 256, 1.0), (129, 544, 960, 64, 4.0)),
+        "sequence": 4,
+    },
+    "video_720": {
+        "steps": 20_000,
+        "learning_rate": 2e-5,
+        "shift": 7.0,
+        "buckets": ((1, 960, 960, 256, 1.0), (129, 720, 1280, 32, 4.0)),
+        "sequence": 8,
+    },
 }
 
 TEMPLATE = (
@@ -103,7 +122,9 @@ def _train(stage: str) -> ConfigDict:
                 "guidance_embed": False,
                 "rope_axes": (16, 56, 56),
                 "rope_theta": 256.0,
-                "remat": "full",
+                "remat": "attention",
+                "attention": "auto",
+                "context": "ring",
                 "dtype": "bfloat16",
             },
             "video": {"frames": frames, "height": height, "width": width, "interval": 1, "fps": 24.0},
@@ -120,7 +141,7 @@ def _train(stage: str) -> ConfigDict:
             },
             "optimizer": {"learning_rate": of_stage["learning_rate"], "warmup_steps": 1000, "b2": 0.99, "weight_decay": 0.01},
             "ema": {"decay": 0.9999},
-            "mesh": {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": -1, "sequence": of_stage.get("sequence", 1), "tensor": 1},
             "train": {
                 "steps": of_stage["steps"],
                 "log_every": 20,

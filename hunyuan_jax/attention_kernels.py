@@ -134,10 +134,10 @@ def attend_backward(
 # --- Splash --------------------------------------------------------------------------------------------------------------------
 
 LANES = 128
-# Tokens of a block, in queries and in keys. Below the least, all tokens are one block; up to the most, the size that leaves the least
-# padding is taken, the larger one of equals. A block of scores, in float32 and some more, must fit the 16 MiB of vector memory that
-# a TPU's compiler gives a kernel unasked.
-LEAST_BLOCK, MOST_BLOCK = 768, 1408
+# Tokens of a block, in queries and in keys; fewer tokens than the least are one block. Of these sizes the one that pads least is taken,
+# the larger one of equals: a block of scores, in float32 and some more, must fit the 16 MiB of vector memory that a TPU's compiler gives
+# a kernel unasked, and keys must come in equal parts of two to four lanes' widths.
+BLOCKS = (1280, 1152, 1024, 768)
 MOST_KEYS_AT_ONCE = 512
 # The kernel of gradients leaves one for the queries by each block of keys: bytes of them at a time, in so many parts at most.
 MOST_COPIES, MOST_PARTS = 3 * 2**28, 8
@@ -146,10 +146,9 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 def block_length(tokens: int) -> int:
     """Tokens of a block, a multiple of 128: what is padded is up to a multiple of it."""
-    if tokens <= LEAST_BLOCK:
+    if tokens <= min(BLOCKS):
         return -(-tokens // LANES) * LANES
-    sizes = range(MOST_BLOCK, LEAST_BLOCK - 1, -LANES)
-    return min(sizes, key=lambda size: -(-tokens // size) * size)
+    return min(BLOCKS, key=lambda size: (-(-tokens // size) * size, -size))
 
 
 def block_sizes(queries: int, keys: int) -> splash.BlockSizes:

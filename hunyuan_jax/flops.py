@@ -1,4 +1,4 @@
-"""How many floating-point operations a DiT takes, and how many a device can do in a second: the two halves of MFU.
+"""How many floating-point operations a DiT takes; chips.py says how many a device can do in a second: the two halves of MFU.
 
 Counted are matrix products, a multiplication and an addition being two operations; what else there is (norms, softmax, rope) is a few
 per cent. Of a model with tokens L = image and S = text, M = L + S, and width D:
@@ -6,31 +6,24 @@ per cent. Of a model with tokens L = image and S = text, M = L + S, and width D:
     linear layers     2 x inputs x outputs for each token, or for each sample where a layer sees the condition vector alone
     attention         4 M^2 D in each block: scores, and their sums of values
 
-A training step takes three times the forward pass, since each product has two gradients; recomputation is not counted.
+A training step takes three times the forward pass, since each product has two gradients. What is computed is more: products of blocks
+that are computed again, scores again for their gradients (five products for four), and tokens that fill up blocks.
 """
 
+import dataclasses
 import math
 
 from hunyuan_jax.models.dit import REFINER_MLP_RATIO, DiTConfig
 from hunyuan_jax.models.layers import SINUSOID_FEATURES
 
-# Dense bfloat16 products per second of one device, as the makers state them; the keys are parts of JAX's `device_kind`.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
 
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """Of a training step of one sample: what the model takes, what is computed, and how much of that in attention's products."""
 
-def peak_flops(device_kind: str) -> float | None:
-    """Peak of a device of this kind, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None where it is not known."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device_kind), None)
+    model: float
+    hardware: float
+    hardware_attention: float
 
 
 def dit_forward_flops(config: DiTConfig, num_img: int, num_txt: int, *, segments: int = 1) -> int:
@@ -55,6 +48,17 @@ def dit_forward_flops(config: DiTConfig, num_img: int, num_txt: int, *, segments
 
     ends = num_img * patch * (c.in_channels + c.out_channels) * width + 2 * width * width
     return 2 * (vectors + text + c.num_double_blocks * double + c.num_single_blocks * single + ends)
+
+
+def dit_step_flops(config: DiTConfig, num_img: int, num_txt: int, *, filled: float = 1.0) -> StepFlops:
+    """FLOPs of a training step of one sample; attention's kernels see `filled` times as many pairs of tokens as there are."""
+    c = config
+    forward = dit_forward_flops(c, num_img, num_txt)
+    attention = 4 * (num_img + num_txt) ** 2 * c.width * (c.num_double_blocks + c.num_single_blocks)
+    again = 0.0 if c.remat == "none" else 1.0
+    attention_passes = 1.0 + 2.5 + (1.0 if c.remat == "full" else 0.0)
+    hardware_attention = filled * attention_passes * attention
+    return StepFlops(3.0 * forward, (3.0 + again) * (forward - attention) + hardware_attention, hardware_attention)
 
 
 def _layer(width: int, hidden: int) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hunyuan_jax import attention_kernels
-from hunyuan_jax.attention_kernels import LANES, MOST_BLOCK, REFERENCE, SPLASH, backend_for, block_length, block_sizes, merge
+from hunyuan_jax.attention_kernels import BLOCKS, LANES, REFERENCE, SPLASH, backend_for, block_length, block_sizes, merge
 from hunyuan_jax.models.attention import attention
 
 BATCH, HEADS, WIDTH = 2, 3, 16
@@ -26,8 +26,7 @@ def arrays(rng: np.random.Generator, *tokens: int) -> list[np.ndarray]:
 def test_splash_gives_the_results_and_the_gradients_of_the_reference(rng, monkeypatch, queries, keys, masked):
     """Interpreted on a CPU; lengths that no block divides, and gradients made in several parts of the keys."""
     monkeypatch.setattr(attention_kernels, "MOST_COPIES", 1)
-    monkeypatch.setattr(attention_kernels, "LEAST_BLOCK", 128)
-    monkeypatch.setattr(attention_kernels, "MOST_BLOCK", 256)
+    monkeypatch.setattr(attention_kernels, "BLOCKS", (256, 128))
     q, k, v, slope = arrays(rng, queries, keys, keys, queries)
     valid = np.arange(keys) < np.array([[keys - 1], [2]]) if masked else None
     out, lse = REFERENCE.attend(q, k, v, valid)
@@ -62,14 +61,13 @@ def test_attention_is_the_same_with_either_kernel_and_so_are_its_gradients(rng):
 def test_blocks_are_whole_lanes_small_enough_and_the_ones_that_pad_least():
     for tokens in (1, 128, 129, 769, 1409, 14_850, 14_976, 29_700, 118_800):
         size = block_length(tokens)
-        assert size % LANES == 0
-        assert size <= MOST_BLOCK
         padded = -(-tokens // size) * size
-        assert all(padded <= -(-tokens // other) * other for other in range(768, MOST_BLOCK + 1, LANES) if tokens > 768)
-        assert padded - tokens < LANES or padded <= 1.05 * tokens
+        assert size % LANES == 0
+        assert size <= max(BLOCKS)
+        assert padded - tokens < LANES or padded == min(-(-tokens // other) * other for other in BLOCKS)
         sizes = block_sizes(tokens, tokens)
         assert size % sizes.block_kv_compute == 0
-        assert sizes.block_kv_compute <= 512
+        assert sizes.block_kv_compute >= min(size, 256)
 
 
 def test_the_kernel_of_a_cpu_is_the_reference_unless_another_is_asked_for():

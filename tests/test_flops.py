@@ -9,7 +9,8 @@ import pytest
 from jax.extend import core
 
 from configs import t2v_13b
-from hunyuan_jax.flops import dit_forward_flops, peak_flops
+from hunyuan_jax.chips import peak_flops
+from hunyuan_jax.flops import dit_forward_flops
 from hunyuan_jax.models.dit import DiT, DiTConfig
 
 SMALL = DiTConfig(

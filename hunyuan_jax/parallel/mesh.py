@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from hunyuan_jax.errors import UserError
@@ -22,9 +24,8 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over devices, by default all. Raises `UserError` where the axes do not multiply to their number."""
-    count = len(devices or jax.devices())
+def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
+    """Devices along each axis. Raises `UserError` where the axes do not multiply to `count`."""
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or known > count or count % known:
@@ -34,4 +35,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise UserError(
             f"A mesh of {dict(zip(AXES, sizes, strict=True))} has {math.prod(sizes)} places for {count} devices; set one axis to -1."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return dict(zip(AXES, sizes, strict=True))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over devices, by default all. Raises `UserError` where the axes do not multiply to their number."""
+    devices = list(devices or jax.devices())
+    sizes = axis_sizes(config, len(devices))
+    return Mesh(_arrange(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the mesh's shape, neighbours on the network next to each other, `data` outermost across the slices of TPUs."""
+    slices = {getattr(device, "slice_index", 0) for device in devices} if devices[0].platform == "tpu" else {0}
+    if sizes[0] % len(slices):
+        raise UserError(f"mesh.data={sizes[0]} cannot be spread over {len(slices)} slices of TPUs; set it to a multiple of their number.")
+    within = (sizes[0] // len(slices), *sizes[1:])
+    across = (len(slices), *(1 for _ in sizes[1:]))
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)

@@ -25,9 +25,12 @@ from hunyuan_jax.data.records import Latent
 from hunyuan_jax.data.transforms import pad_texts, to_uint8
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.models.vae import VAEConfig
+from hunyuan_jax.parallel.sharding import gathered
 from hunyuan_jax.sampling import SamplingConfig, euler, guided, time_grid
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
+from hunyuan_jax.text_towers import TowersConfig
 
 Prediction = Literal["velocity", "data"]
 
@@ -125,6 +128,15 @@ class T2VTask:
         null = encode_texts(codec, [""], length=config.data.text_length)
         return cls(model, prediction, loss, sampling, codec, codec.fingerprint(folder), null, config.video.to_dict())
 
+    @classmethod
+    def planned(cls, config: ConfigDict) -> "T2VTask":
+        model = build(DiTConfig, config.model, where="model")
+        length = config.data.text_length
+        null = Text(np.zeros((1, length, model.text_dim)), np.zeros((1, length), bool), np.zeros((1, model.pooled_dim)))  # type: ignore[arg-type]
+        codec = Codec(vae=VAEConfig(), vae_params=None, text=TowersConfig(language="unread", clip="unread"))
+        loss, sampling = build(T2VLossConfig, config.loss, where="loss"), build(SamplingConfig, config.sampling, where="sampling")
+        return cls(model, config.get("prediction", "velocity"), loss, sampling, codec, {}, null, config.video.to_dict())
+
     @property
     def encode_prompts(self) -> Encode:
         return self.codec.encode_prompts
@@ -141,7 +153,8 @@ class T2VTask:
         }
 
     def keep_beside(self, workdir: Path) -> None:
-        self.codec.save(workdir / "codec")
+        if jax.process_index() == 0:
+            self.codec.save(workdir / "codec")
 
     def init(self, key: PRNGKeyArray) -> Params:
         m = self.model
@@ -190,7 +203,7 @@ class T2VTask:
         """The flow loss of each sample, averaged over fixed times."""
         # A loop of the compiled program, not of Python: the model is compiled once and not once for each time.
         losses = jax.lax.map(lambda t: self.flow_loss_at(params, batch, t, key=key), jnp.asarray(MEASURED_TIMES))
-        return {"flow_loss": jnp.mean(losses, axis=0)}
+        return gathered({"flow_loss": jnp.mean(losses, axis=0)})
 
     def sample(
         self, params: Params, text: Text, noise: Float[Array, "B T Y X C"], *, sampling: SamplingConfig
@@ -216,7 +229,7 @@ class T2VTask:
 
     @functools.cached_property
     def _decode(self) -> Any:
-        return jax.jit(self.codec.decode)
+        return jax.jit(lambda latents: gathered(self.codec.decode(latents)))
 
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
         """Held-out clips as the VAE sees them, and below them what the model makes of their prompts."""

@@ -38,6 +38,10 @@ class Task(Protocol):
     def from_config(cls, config: ConfigDict, dataset: Dataset) -> "Task":
         """The task from its sections of a config; raises `UserError` for what cannot be."""
 
+    @classmethod
+    def planned(cls, config: ConfigDict) -> "Task":
+        """The same as far as the training step goes, with zeros for what comes from data and files."""
+
     def describe(self) -> dict[str, Any]:
         """What the parameters mean, as JSON values: kept beside checkpoints, compared on resume, read by `generate`."""
 

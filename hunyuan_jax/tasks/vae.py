@@ -127,6 +127,13 @@ class VAETask:
             raise UserError("data.buckets has a tiled bucket, and the configuration no section tiling with its `tile` and `overlap`.")
         return cls(model, loss, lpips, CriticConfig.from_section(config.get("critic")), tiling)
 
+    @classmethod
+    def planned(cls, config: ConfigDict) -> "VAETask":
+        files_apart = ConfigDict(config.to_dict())
+        files_apart.loss.lpips_files = ""
+        lpips = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), critics.lpips_shapes())
+        return dataclasses.replace(cls.from_config(files_apart, None), lpips=lpips)  # type: ignore[arg-type]
+
     def describe(self) -> dict[str, Any]:
         said = {"task": "vae", "model": dataclasses.asdict(self.model)}
         return said if self.critic is None else said | {"critic": dataclasses.asdict(self.critic.model)}
@@ -234,11 +241,11 @@ class VAETask:
             whole = self.reconstruct(params, batch.frames)
             seams = jnp.abs(jnp.clip(out, -1, 1) - jnp.clip(whole, -1, 1))
             measured["seam_error"] = GREY_LEVELS * jnp.mean(seams, axis=(1, 2, 3, 4))
-        return measured if self.lpips is None else measured | {"lpips": self._lpips(out, batch.frames)}
+        return gathered(measured if self.lpips is None else measured | {"lpips": self._lpips(out, batch.frames)})
 
     @functools.cached_property
     def _reconstruct(self) -> Any:
-        return jax.jit(self.reconstruct)  # compiled once for all previews
+        return jax.jit(lambda params, frames: gathered(self.reconstruct(params, frames)))  # compiled once for all previews
 
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
         """Held-out clips above their reconstructions."""

@@ -26,7 +26,8 @@ import optax
 import torch
 
 from hunyuan_jax import flow
-from hunyuan_jax.flops import dit_forward_flops, peak_flops
+from hunyuan_jax.chips import peak_flops
+from hunyuan_jax.flops import dit_forward_flops
 from hunyuan_jax.models.dit import DiT, DiTConfig
 from tests.diffusers_dit import diffusers_dit, our_params
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from hunyuan_jax.flops import PEAK_FLOPS
+from hunyuan_jax.chips import chip_named
 from hunyuan_jax.models.text_encoders import CLIPText, CLIPTextConfig, TextTower, TextTowerConfig, abstract_params
 from hunyuan_jax.text_weights import released_name
 
@@ -46,8 +46,9 @@ def full_size(tokens: int, utilisation: float) -> None:
     clip = flops(CLIPText, CLIPTextConfig(dtype="bfloat16"), jax.ShapeDtypeStruct((1, 77), jnp.int32))
     print(f"A prompt of {tokens} tokens: {tower / 1e12:.2f} TFLOP in the language model, {clip / 1e12:.3f} in CLIP\n")
     print(f"| device | peak | prompts per second at {utilisation:.0%} |\n|---|---|---|")
-    for device in ("TPU v5e", "TPU v5", "TPU v6", "A100", "H100"):
-        print(f"| {device} | {PEAK_FLOPS[device] / 1e12:.0f} TFLOP/s | {utilisation * PEAK_FLOPS[device] / (tower + clip):.1f} |")
+    for name in ("v5e", "v5p", "v6e", "a100", "h100"):
+        peak = chip_named(name).flops
+        print(f"| {name} | {peak / 1e12:.0f} TFLOP/s | {utilisation * peak / (tower + clip):.1f} |")
 
 
 def measured(tokens: int, batch: int, repeats: int, device: str) -> None:

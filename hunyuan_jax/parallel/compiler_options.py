@@ -1,0 +1,91 @@
+"""What XLA is asked for on each generation of accelerators, as options of one compilation: `jax.jit(step, compiler_options=...)`.
+
+Unlike flags in the environment, options stand in the repository, hold for one program, and are checked by the compiler one by one.
+
+The sets are those that others train with: v5p and Ironwood (tpu7x) are from the Wan 2.1 recipes of AI-Hypercomputer/tpu-recipes, v6e from
+MaxDiffusion's for Wan, v5e and v4 from MaxText, and GPUs follow NVIDIA's JAX-Toolbox. Left out is what tunes kernels that are not ours,
+what jax's compilers of 0.10 and of 0.11 do not both know, and on all but v5e the fusion of all-gathers with what computes beside them
+(`..._fuse_all_gather`), which newer compilers refuse there. The sets are not interchangeable: with Ironwood's, collectives on v5p hang.
+"""
+
+from typing import Literal
+
+Generation = Literal["v4", "v5e", "v5p", "v6e", "tpu7x", "gpu"]
+
+# What a device's kind begins with; the first that fits counts.
+DEVICE_KINDS: tuple[tuple[str, Generation], ...] = (
+    ("TPU v4", "v4"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v6", "v6e"),
+    ("TPU7x", "tpu7x"),
+    ("NVIDIA", "gpu"),
+    ("Tesla", "gpu"),
+)
+
+# Parameters split over `fsdp` are gathered for the next layer while this one is computed.
+_OVERLAPPED_ALL_GATHER = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
+OPTIONS: dict[Generation, dict[str, str]] = {
+    "v4": _OVERLAPPED_ALL_GATHER,
+    "v5e": {**_OVERLAPPED_ALL_GATHER, "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true"},
+    "v5p": {
+        "xla_tpu_scoped_vmem_limit_kib": "65472",
+        "xla_enable_async_all_gather": "true",
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_all_to_all": "true",
+        "xla_max_concurrent_async_all_gathers": "4",
+        "xla_latency_hiding_scheduler_rerun": "5",
+    },
+    "v6e": {
+        **_OVERLAPPED_ALL_GATHER,
+        "xla_tpu_scoped_vmem_limit_kib": "65536",
+        "xla_enable_async_collective_permute": "true",
+        "xla_tpu_enable_async_all_to_all": "true",
+        "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+        "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+        "xla_tpu_enable_ag_backward_pipelining": "true",
+        "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+        "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+        "xla_tpu_assign_all_reduce_scatter_layout": "true",
+        "xla_latency_hiding_scheduler_rerun": "2",
+    },
+    "tpu7x": {
+        "xla_tpu_scoped_vmem_limit_kib": "65536",
+        "xla_enable_async_all_gather": "true",
+        "xla_enable_async_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_all_to_all": "true",
+        "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+        "xla_max_concurrent_async_all_gathers": "4",
+        "xla_latency_hiding_scheduler_rerun": "5",
+        # Collectives run on the SparseCores, beside the matrix units.
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+        "xla_tpu_enable_sparse_core_reduce_scatter_v2": "true",
+        "xla_tpu_enable_all_gather_offload_tracing": "true",
+        "xla_tpu_use_tc_device_shape_on_sc": "true",
+    },
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": "True",
+        "xla_gpu_enable_while_loop_double_buffering": "True",
+        "xla_gpu_all_gather_combine_threshold_bytes": "1073741824",
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": "1073741824",
+        "xla_gpu_all_reduce_combine_threshold_bytes": "1073741824",
+    },
+}
+
+
+def compiler_options(device_kind: str) -> dict[str, str]:
+    """The options for devices of a kind, which is `device_kind` of a `jax.Device`; none for CPUs and for kinds that are not known."""
+    generation = next((found for beginning, found in DEVICE_KINDS if device_kind.startswith(beginning)), None)
+    return dict(OPTIONS[generation]) if generation else {}

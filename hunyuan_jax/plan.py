@@ -1,0 +1,515 @@
+"""Will it fit, and how fast: the training step of a config, compiled for a pod that is not attached.
+
+    python -m hunyuan_jax.plan --config=configs/t2v_13b.py:video_720 --topology=v5p:4x4x8 [--set mesh.sequence=8 ...] [--search] [--json]
+
+A TPU's own compiler, from the package libtpu, compiles the real step (model, optimizer, moving average, recomputation, kernels) and says
+what it holds; what it exchanges is read from the compiled program. GPUs, such as --topology=h100:64, have the same table by arithmetic.
+
+The time of a step is a model, not a measurement: products at a share of the peak (`EFFICIENCY`), what the optimizer reads and writes at
+the memory's rate, what is exchanged at the links' rate, in the background where the program does so. It knows no stalls, no input,
+no slow host.
+"""
+
+import collections
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from hunyuan_jax.chips import Chip, chip_named
+from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.buckets import Bucket, sample_cost, token_count
+from hunyuan_jax.errors import UserError, nearest, run_command
+from hunyuan_jax.flops import StepFlops, dit_step_flops
+from hunyuan_jax.hlo import Exchange, Program
+from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
+from hunyuan_jax.parallel.compiler_options import compiler_options
+from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
+from hunyuan_jax.parallel.sharding import batch_sharding, rule_for
+from hunyuan_jax.settings import build, parse_flags
+from hunyuan_jax.tasks import planned_task
+from hunyuan_jax.tasks.task import Task
+from hunyuan_jax.train import abstract_state
+from hunyuan_jax.train_step import EmaConfig, init_critic_state, init_state, make_step
+
+TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+GPUS = ("a100", "h100", "h100pcie", "h200")
+LIBTPU = "libtpu==0.0.42.1"  # of the jax that is pinned
+# Shares of the peak: dense products, and the products in attention's kernels. Assumptions, to be replaced by measurements.
+EFFICIENCY = {"products": 0.8, "attention": 0.55}
+ROOM = 0.85  # of the memory, that a step may fill
+# Arithmetic alone: widths of a token's vector that a block keeps for the backward pass, and that one block needs while it works.
+KEPT_WIDTHS = {"none": 34.0, "attention": 2.0, "attention_host": 1.0, "full": 1.0}
+WORKING_WIDTHS = 110.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, and in the memory of its host."""
+
+    parameters: float
+    optimizer: float
+    average: float
+    activations: float  # temporaries of the step: kept activations, gradients, gathered parameters
+    host: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.optimizer + self.average + self.activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of a step before it runs. Rates are of the whole pod."""
+
+    chip: Chip
+    devices: int
+    mesh: dict[str, int]
+    bucket: Bucket
+    memory: Memory
+    flops: StepFlops  # of the whole batch
+    exchanged: dict[str, float]  # bytes that a device sends in a step, by axes
+    seconds: dict[str, float]  # of a step, by what takes them
+    tokens: int  # image tokens of a sample
+    checkpoint: float  # bytes
+    compile_seconds: float | None  # None where it is all arithmetic
+    kernels: dict[str, int]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= ROOM * self.chip.memory
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        return self.flops.model / (self.step_seconds * self.devices * self.chip.flops)
+
+    def to_json(self) -> dict[str, Any]:
+        per_chip = self.chip.devices
+        memory = {name: per_chip * value for name, value in dataclasses.asdict(self.memory).items()}
+        a_day = 86_400 / self.step_seconds * self.bucket.batch
+        return {
+            "fits": self.fits,
+            "total_bytes_per_chip": per_chip * self.memory.total,
+            "hbm_bytes_per_chip": per_chip * self.chip.memory,
+            "memory_bytes_per_chip": memory,
+            "model_flops_per_step": self.flops.model,
+            "hardware_flops_per_step": self.flops.hardware,
+            "exchanged_bytes_per_device": self.exchanged,
+            "step_seconds": self.step_seconds,
+            "seconds": self.seconds,
+            "mfu": self.mfu,
+            "samples_per_day": a_day,
+            "tokens_per_day": a_day * self.tokens,
+            "checkpoint_bytes": self.checkpoint,
+            "compile_seconds": self.compile_seconds,
+            "kernels_per_step": self.kernels,
+            "chip": self.chip.name,
+            "devices": self.devices,
+            "mesh": self.mesh,
+            "bucket": self.bucket.name,
+            "batch": self.bucket.batch,
+            "efficiency": EFFICIENCY,
+        }
+
+
+# --- What is asked for ---------------------------------------------------------------------------------------------------------
+
+
+def target(topology: str) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a topology: those of a TPU's, such as v5p:4x4x8; for GPUs, such as h100:64, as many Nones."""
+    name, _, shape = topology.partition(":")
+    if name not in (*TPUS, *GPUS):
+        raise UserError(f"--topology={topology}: {name!r} is not known. {nearest(name, [*TPUS, *GPUS])} Write v5p:4x4x8 or h100:64.")
+    chip = chip_named(name)
+    if name in GPUS:
+        if not re.fullmatch(r"[1-9]\d*", shape):
+            raise UserError(f"--topology={topology}: write the number of GPUs after the colon, such as {name}:64.")
+        return chip, [None] * int(shape)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"Compiling for {name} takes the TPU compiler: pip install {LIBTPU}")
+    # There is no TPU to ask about, and several compilations may run beside each other.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    try:
+        return chip, list(topologies.get_topology_desc(topology, platform="tpu").devices)
+    except Exception as error:
+        raise UserError(f"--topology={topology} is none that the compiler knows: {str(error).splitlines()[0]}") from error
+
+
+def change(config: ConfigDict, setting: str) -> None:
+    """Sets `SECTION.KEY=VALUE` in a config; the value takes the type of what stands there."""
+    name, equals, text = setting.partition("=")
+    *sections, key = name.split(".")
+    section: Any = config
+    for part in sections:
+        section = section.get(part) if isinstance(section, ConfigDict) else None
+    if not equals or not isinstance(section, ConfigDict) or key not in section:
+        raise UserError(f"--set {setting}: the config has no {name!r}; write SECTION.KEY=VALUE, such as mesh.sequence=8.")
+    old = section[key]
+    try:
+        section[key] = {"true": True, "false": False}[text.lower()] if isinstance(old, bool) else type(old)(text)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"--set {setting}: {name} is {old!r}, a {type(old).__name__}, and {text!r} is none.") from error
+
+
+def costliest(config: ConfigDict, name: str) -> Bucket:
+    """The bucket of that name, or else the one whose samples cost most."""
+    buckets = [build(Bucket, section, where=f"data.buckets[{i}]") for i, section in enumerate(config.data.buckets)]
+    if not name:
+        return max(buckets, key=lambda bucket: sample_cost(token_count(*bucket.shape)))
+    found = [bucket for bucket in buckets if bucket.name == name]
+    if not found:
+        raise UserError(f"--bucket={name} is none of the config's: {', '.join(bucket.name for bucket in buckets)}.")
+    return found[0]
+
+
+def check_batch(bucket: Bucket, mesh: Mapping[str, int]) -> None:
+    parts = mesh["data"] * mesh["fsdp"]
+    if bucket.batch % parts:
+        fitting = [n for n in range(1, bucket.batch + 1) if bucket.batch % n == 0]
+        below = max(n for n in fitting if n <= parts)
+        raise UserError(
+            f"Bucket {bucket.name}: a batch of {bucket.batch} cannot be spread over mesh.data={mesh['data']} times "
+            f"mesh.fsdp={mesh['fsdp']}; let these be {below} in all and mesh.sequence or "
+            f"mesh.tensor take the rest, or set the batch to a multiple of {parts}."
+        )
+
+
+# --- By arithmetic -------------------------------------------------------------------------------------------------------------
+
+
+def state_bytes(task: Task, optimizer: Any, mesh: Mapping[str, int]) -> tuple[float, float, float, float]:
+    """Bytes on a device of parameters, of the optimizer and of the moving average, a critic's included; and of a whole checkpoint."""
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: init_state(task.init(key), optimizer, init_critic_state(task, key)))
+
+    def share(leaf: Any, axes: Sequence[str | None]) -> float:
+        parts = math.prod(mesh[axis] for axis, size in zip(axes, leaf.shape, strict=True) if axis and size % mesh[axis] == 0)
+        return leaf.size * leaf.dtype.itemsize / parts
+
+    def of(params: Any) -> float:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        return sum(share(leaf, rule_for("/".join(str(k.key) for k in path), leaf.shape)) for path, leaf in leaves)
+
+    def whole(tree: Any) -> float:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    params, critic = of(shapes.params), of(shapes.critic.params) if shapes.critic else 0.0
+    # What an optimizer keeps of a parameter lies like the parameter.
+    kept = params * whole(shapes.opt_state) / whole(shapes.params)
+    if shapes.critic:
+        kept += critic * whole(shapes.critic.opt_state) / whole(shapes.critic.params)
+    return params + critic, kept, params, whole(shapes)
+
+
+def dit_flops(config: DiTConfig, bucket: Bucket, mesh: Mapping[str, int], num_txt: int) -> tuple[int, StepFlops]:
+    """Image tokens of a sample, and the FLOPs of a batch."""
+    temporal, spatial = config.patch_size[0], config.patch_size[1]
+    tokens = token_count(*bucket.shape, temporal=4 * temporal, spatial=8 * spatial)
+    one = dit_step_flops(config, tokens, num_txt, filled=(-(-tokens // mesh["sequence"]) * mesh["sequence"] / tokens) ** 2)
+    return tokens, StepFlops(*(bucket.batch * value for value in dataclasses.astuple(one)))
+
+
+def arithmetic_memory(config: DiTConfig, tokens: int, samples: float, state: tuple[float, ...], mesh: Mapping[str, int]) -> Memory:
+    """An estimate: kept activations, the work of one block, and gradients beside the state."""
+    blocks = config.num_double_blocks + config.num_single_blocks
+    vectors = samples * tokens / mesh["sequence"] * config.width * 2.0
+    kept = blocks * KEPT_WIDTHS[config.remat] * vectors
+    host = blocks * vectors if config.remat == "attention_host" else 0.0
+    params, optimizer, average, _ = state
+    return Memory(params, optimizer, average, kept + WORKING_WIDTHS * vectors / mesh["tensor"] + params, host)
+
+
+def arithmetic_exchanges(
+    config: DiTConfig, tokens: int, samples: float, whole_parameters: float, mesh: Mapping[str, int]
+) -> list[Exchange]:
+    """An estimate: parameters gathered twice and gradients summed, keys and values around the ring or by all-to-all, sums over heads."""
+    blocks = config.num_double_blocks + config.num_single_blocks
+    vectors = samples * tokens / mesh["sequence"] * config.width * 2.0 / mesh["tensor"]
+    found = []
+    parts = mesh["data"] * mesh["fsdp"]
+    if parts > 1:
+        found.append(Exchange("all-gather", ("data", "fsdp"), 4 * whole_parameters / 2 / mesh["tensor"], 1, True))
+    if (size := mesh["sequence"]) > 1:
+        moved = 6 * vectors * size if config.context == "ring" else 8 * vectors
+        found.append(Exchange("collective-permute", ("sequence",), moved, blocks, True))
+    if (size := mesh["tensor"]) > 1:
+        found.append(Exchange("all-reduce", ("tensor",), 8 * vectors * size * (size - 1) / size, blocks, False))
+    return found
+
+
+def roofline(chip: Chip, devices: int, flops: StepFlops, memory: Memory, exchanges: Sequence[Exchange]) -> dict[str, float]:
+    """Seconds of a step by what takes them."""
+    peak = chip.flops * devices
+    products = (flops.hardware - flops.hardware_attention) / peak / EFFICIENCY["products"]
+    attention = flops.hardware_attention / peak / EFFICIENCY["attention"]
+    # Collectives go around a ring in both directions at once, a permute in one.
+    time_of = lambda e: e.times * e.sent / (chip.link_rate * (1 if e.kind == "collective-permute" else 2))  # noqa: E731
+    hidden, seen = (sum(time_of(e) for e in exchanges if e.hidden == is_hidden) for is_hidden in (True, False))
+    return {
+        "products": products,
+        "attention": attention,
+        "update": 2 * (memory.parameters + memory.optimizer + memory.average) / chip.memory_rate,
+        "exchange": seen + max(0.0, hidden - products - attention),
+    }
+
+
+# --- By the compiler -----------------------------------------------------------------------------------------------------------
+
+
+def batch_shapes(task: Task, config: ConfigDict, bucket: Bucket, mesh: Mesh) -> VideoBatch:
+    """A batch of the bucket, without memory."""
+    place = batch_sharding(mesh)
+
+    def array(*sizes: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((bucket.batch, *sizes), dtype, sharding=place)
+
+    sample_id = array(dtype=jnp.uint32)
+    if task.component == "vae":
+        return VideoBatch(sample_id=sample_id, frames=array(*bucket.shape, 3), tiled=bucket.tiled)
+    latent = array(1 + (bucket.frames - 1) // 4, bucket.height // 8, bucket.width // 8, task.model.in_channels)
+    length = config.data.text_length
+    return VideoBatch(
+        sample_id=sample_id, mean=latent, logvar=latent, txt=array(length, task.model.text_dim), txt_mask=array(length, dtype=jnp.bool_),
+        pooled=array(task.model.pooled_dim),
+    )  # fmt: skip
+
+
+def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
+    """The compiled training step of a bucket on the config's mesh of these devices."""
+    task = planned_task(config)
+    mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"), devices)
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
+    step = make_step(task, optimizer, ema=build(EmaConfig, config.ema, where="ema"), key=jax.random.key(0))
+    state = abstract_state(task, optimizer, mesh)  # outside the mesh, whose devices can compute nothing
+    if options is None:
+        options = compiler_options(devices[0].device_kind)
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0).lower(state, batch_shapes(task, config, bucket, mesh)).compile(dict(options))
+
+
+def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True) -> Plan:
+    """The plan of a config's costliest bucket, or of the one that is named. Without `compiles`, by arithmetic alone.
+
+    Raises `UserError` for what cannot be, before anything is compiled.
+    """
+    chip, devices = target(topology)
+    bucket = costliest(config, bucket_name)
+    mesh = axis_sizes(build(MeshConfig, config.mesh, where="mesh"), len(devices))
+    check_batch(bucket, mesh)
+    task = planned_task(config)
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
+    *_, checkpoint = state = state_bytes(task, optimizer, mesh)
+    samples = bucket.batch / (mesh["data"] * mesh["fsdp"])
+
+    if not isinstance(task.model, DiTConfig):
+        if chip.name in GPUS or not compiles:
+            raise UserError("Arithmetic knows the DiT alone; plan a VAE for a TPU topology, which is compiled.")
+        tokens, flops = math.prod(bucket.shape), counted_flops(config, bucket)
+        exchanges: list[Exchange] = []
+        memory = Memory(*state[:3], 0.0, 0.0)
+    else:
+        _check_heads(task.model, mesh)
+        tokens, flops = dit_flops(task.model, bucket, mesh, config.data.text_length)
+        memory = arithmetic_memory(task.model, tokens, samples, state, mesh)
+        parameters = state[0] * mesh["fsdp"] * mesh["tensor"]
+        exchanges = arithmetic_exchanges(task.model, tokens, samples, parameters, mesh)
+
+    seconds: float | None = None
+    kernels: dict[str, int] = {}
+    if compiles and chip.name in TPUS:
+        start = time.perf_counter()
+        try:
+            step = compile_step(config, bucket, devices)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+            size = float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]] if needed else math.inf
+            memory = dataclasses.replace(memory, activations=max(0.0, size - sum(state[:3])))
+        else:
+            found = step.memory_analysis()
+            memory = dataclasses.replace(memory, activations=found.temp_size_in_bytes, host=found.host_temp_size_in_bytes)
+            program = Program(step.as_text())
+            exchanges, kernels = program.exchanges(mesh), program.kernels()
+        seconds = time.perf_counter() - start
+    exchanged: dict[str, float] = collections.defaultdict(float)
+    for exchange in exchanges:
+        exchanged["+".join(exchange.axes) or "one device"] += exchange.times * exchange.sent
+    times = roofline(chip, len(devices), flops, memory, exchanges)
+    return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels)
+
+
+def _check_heads(config: DiTConfig, mesh: Mapping[str, int]) -> None:
+    if config.num_heads % mesh["tensor"]:
+        fitting = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
+        raise UserError(
+            f"mesh.tensor={mesh['tensor']} does not divide the {config.num_heads} heads; set it to one of {', '.join(map(str, fitting))}."
+        )
+
+
+def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:
+    """FLOPs of a step as XLA counts them before it optimizes: for models without loops. What the model takes is without recomputation."""
+
+    def count(remat: str) -> float:
+        changed = ConfigDict(config.to_dict())
+        changed.model.remat = remat
+        task = planned_task(changed)
+        optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
+        mesh = make_mesh(MeshConfig(data=1), jax.devices("cpu")[:1])
+        step = make_step(task, optimizer, ema=EmaConfig(), key=jax.random.key(0))
+        one = dataclasses.replace(bucket, batch=1)
+        lowered = jax.jit(step).lower(abstract_state(task, optimizer, mesh), batch_shapes(task, changed, one, mesh))
+        return bucket.batch * float((lowered.cost_analysis() or {})["flops"])
+
+    model = count("none")
+    hardware = model if config.model.remat == "none" else count(config.model.remat)
+    return StepFlops(model, hardware, 0.0)
+
+
+# --- Search --------------------------------------------------------------------------------------------------------------------
+
+
+def candidates(config: ConfigDict, topology: str, bucket_name: str) -> Iterator[ConfigDict]:
+    """The config on every mesh that fits the devices and the batch, with either way of sharing tokens and every recomputation."""
+    count = len(target(topology)[1])
+    sizes = [n for n in range(1, count + 1) if count % n == 0]
+    for fsdp, sequence, tensor in itertools.product(sizes, sizes, [n for n in sizes if n <= 8]):
+        if count % (fsdp * sequence * tensor):
+            continue
+        for context, remat in itertools.product(("ring", "heads") if sequence > 1 else ("ring",), ("none", "attention", "full")):
+            tried = ConfigDict(config.to_dict())
+            tried.mesh.update({"data": -1, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
+            tried.model.update({"context": context, "remat": remat})
+            yield tried
+
+
+def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int) -> list[tuple[ConfigDict, Plan]]:
+    """Of all candidates those that should fit, fastest first by arithmetic; for a TPU the first `tries` compiled, and those ranked."""
+    guesses = []
+    for tried in candidates(config, topology, bucket_name):
+        try:
+            guess = make_plan(tried, topology, bucket_name=bucket_name, compiles=False)
+        except UserError:
+            continue
+        if guess.fits:
+            guesses.append((tried, guess))
+    guesses.sort(key=lambda pair: pair[1].step_seconds)
+    if not guesses:
+        raise UserError("By arithmetic nothing fits on this topology; take a larger one, a smaller batch or a smaller bucket.")
+    if topology.partition(":")[0] in GPUS:
+        return guesses[:tries]
+    found = []
+    for tried, _ in guesses[:tries]:
+        found.append((tried, make_plan(tried, topology, bucket_name=bucket_name)))
+        print(_short(*found[-1]), file=sys.stderr, flush=True)
+    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].step_seconds))
+
+
+# --- What is said --------------------------------------------------------------------------------------------------------------
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _mesh(plan: Plan) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+
+
+def _short(config: ConfigDict, plan: Plan) -> str:
+    model = config.model
+    verdict = "fits" if plan.fits else "does not fit"
+    return (
+        f"{_mesh(plan)}, {model.get('context', 'ring')}, remat {model.remat}: {verdict}, {_gib(plan.memory.total)}, "
+        f"{plan.step_seconds:.2f} s, MFU {100 * plan.mfu:.1f} %"
+    )
+
+
+def table(config: ConfigDict, topology: str, plan: Plan) -> str:
+    """The plan as a page for a person."""
+    per_chip, memory = plan.chip.devices, plan.memory
+    chips = plan.devices // per_chip
+    how = "by arithmetic, not compiled" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"
+    model = config.model
+    remat = f"recomputation {model.remat}"
+    if plan.mesh["sequence"] > 1:
+        remat += f", tokens shared by {model.get('context', 'rows')}"
+    lines = [
+        f"{topology}, {chips} chips, mesh {_mesh(plan)}, bucket {plan.bucket.name}, batch {plan.bucket.batch}, {remat}; {how}",
+        "",
+        "Memory of a chip",
+        *(f"  {name:<22}{_gib(per_chip * value):>14}" for name, value in dataclasses.asdict(memory).items() if name != "host"),
+        f"  {'total':<22}{_gib(per_chip * memory.total):>14}  of {_gib(per_chip * plan.chip.memory)}, "
+        + (f"within {ROOM:.0%}: fits" if plan.fits else f"more than {ROOM:.0%}: does not fit"),
+        f"  {'on its host':<22}{_gib(per_chip * memory.host):>14}",
+        "",
+        "A step",
+        f"  {'model':<22}{plan.flops.model:>14.4g} FLOPs",
+        f"  {'computed':<22}{plan.flops.hardware:>14.4g} FLOPs, {plan.flops.hardware_attention / plan.flops.hardware:.0%} in attention",
+        *(f"  {'sent over ' + axes:<22}{_gib(value):>14} by each device" for axes, value in sorted(plan.exchanged.items())),
+        *(f"  {name:<22}{value:>14.3f} s" for name, value in plan.seconds.items()),
+        f"  {'in all':<22}{plan.step_seconds:>14.3f} s, MFU {100 * plan.mfu:.1f} %",
+        "",
+        f"A day      {plan.bucket.batch * 86_400 / plan.step_seconds:,.0f} samples, "
+        f"{plan.tokens * plan.bucket.batch * 86_400 / plan.step_seconds:.3g} tokens",
+        f"Checkpoint {_gib(plan.checkpoint)}",
+        "",
+        f"Assumed: products at {EFFICIENCY['products']:.0%} of {plan.chip.flops * per_chip / 1e12:.0f} TFLOP/s a chip, attention's at "
+        f"{EFFICIENCY['attention']:.0%}; memory at {plan.chip.memory_rate * per_chip / 1e9:.0f} GB/s; "
+        f"links at {plan.chip.link_rate / 1e9:.0f} GB/s in each direction.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    config = config_flags.DEFINE_config_file("config", None, "A training configuration, such as configs/t2v_13b.py:video_720.")
+    pods = f"TPUs ({', '.join(TPUS)}) such as v5p:4x4x8, or GPUs ({', '.join(GPUS)}) such as h100:64."
+    topology = flags.DEFINE_string("topology", None, pods)
+    changes = flags.DEFINE_multi_string("set", [], "A change to the config, such as mesh.sequence=8.")
+    bucket = flags.DEFINE_string("bucket", "", "A bucket by its name; by default the one whose samples cost most.")
+    searches = flags.DEFINE_bool("search", False, "Try meshes, ways of sharing tokens and recomputation; rank those that fit.")
+    tries = flags.DEFINE_integer("tries", 4, "How many of a search's candidates are compiled.", lower_bound=1)
+    as_json = flags.DEFINE_bool("json", False, "One JSON object on standard output.")
+    # `--set a=1 b=2` as well as `--set a=1 --set b=2`
+    spread: list[str] = []
+    for word in argv:
+        follows = len(spread) > 1 and spread[-2] == "--set" and not word.startswith("-") and "=" in word
+        spread += ["--set", word] if follows else [word]
+    parse_flags(spread, required=("config", "topology"))
+    jax.config.update("jax_platforms", "cpu")
+    asked, pod = config.value, str(topology.value)
+    for setting in changes.value:
+        change(asked, setting)
+    if searches.value:
+        ranked = search(asked, pod, bucket.value, tries=tries.value)
+        if as_json.value:
+            print(json.dumps([plan.to_json() | {"context": c.model.context, "remat": c.model.remat} for c, plan in ranked]))
+        else:
+            print("\n".join(_short(*pair) for pair in ranked))
+            print("\n" + table(ranked[0][0], pod, ranked[0][1]))
+        return
+    plan = make_plan(asked, pod, bucket_name=bucket.value)
+    print(json.dumps(plan.to_json()) if as_json.value else table(asked, pod, plan))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,82 @@
+"""Laws of a plan: it is refused before anything is compiled, its arithmetic is that of the state, and it says what a machine reads."""
+
+import json
+
+import pytest
+
+from configs import t2v_13b
+from hunyuan_jax import plan
+from hunyuan_jax.errors import UserError
+from hunyuan_jax.flops import dit_forward_flops
+from hunyuan_jax.models.dit import DiTConfig
+from tests.commands import run_module
+
+CONFIG = "--config=configs/t2v_13b.py:video_720"
+PARAMETERS = 12_810_782_784
+
+
+def made(*settings: str, topology: str = "h100:128", stage: str = "video_720") -> plan.Plan:
+    config = t2v_13b.get_config(stage)
+    for setting in settings:
+        plan.change(config, setting)
+    return plan.make_plan(config, topology)
+
+
+def test_the_json_object_says_what_a_machine_asks():
+    said = json.loads(run_module("hunyuan_jax.plan", CONFIG, "--topology=h100:128", "--set", "mesh.sequence=16", "mesh.fsdp=8", "--json"))
+    assert said["mesh"] == {"data": 1, "fsdp": 8, "sequence": 16, "tensor": 1}
+    assert said["fits"] == (said["total_bytes_per_chip"] <= 0.85 * said["hbm_bytes_per_chip"])
+    flops = 3 * 32 * dit_forward_flops(DiTConfig(**t2v_13b.get_config("video_720").model), 33 * 45 * 80, 256)
+    assert said["model_flops_per_step"] == pytest.approx(flops)
+    assert said["hardware_flops_per_step"] > said["model_flops_per_step"]
+    assert said["mfu"] == pytest.approx(flops / (said["step_seconds"] * 128 * 989.4e12))
+    assert said["compile_seconds"] is None
+
+
+def test_the_state_is_split_over_fsdp_and_tensor_to_the_byte():
+    """AdamW keeps two numbers for each parameter, and a count; small biases and the two ends' patches stay whole."""
+    whole = made("mesh.fsdp=1", "mesh.sequence=1", "mesh.data=1", topology="h100:1")
+    split = made("mesh.fsdp=16", "mesh.sequence=4", "mesh.tensor=2")
+    assert whole.memory.parameters == whole.memory.average == 4 * PARAMETERS
+    assert whole.memory.optimizer == pytest.approx(8 * PARAMETERS, rel=1e-6)
+    assert whole.checkpoint == pytest.approx(16 * PARAMETERS, rel=1e-6)
+    assert 4 * PARAMETERS / 32 < split.memory.parameters < 1.01 * 4 * PARAMETERS / 32
+
+
+def test_what_is_computed_follows_from_recomputation():
+    none, attention, full = (made(f"model.remat={remat}").flops for remat in ("none", "attention", "full"))
+    assert none.model == attention.model == full.model
+    assert none.hardware < attention.hardware < full.hardware
+    assert attention.hardware / attention.model == pytest.approx(1.19, abs=0.01)  # five products for four, and linear layers again
+    assert full.hardware / full.model == pytest.approx(1.48, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "topology", "message"),
+    [
+        ((), "v5q:4x4", r"'v5q' is not known. Did you mean 'v5p'"),
+        ((), "h100:", r"write the number of GPUs after the colon, such as h100:64"),
+        (("mesh.sequence=3",), "h100:128", r"does not fit 128 devices; the axes must multiply to 128"),
+        (("mesh.sequence=1",), "h100:128", r"a batch of 32 cannot be spread over .*mesh.fsdp=128; let these be 32 in all"),
+        (("mesh.tensor=16", "mesh.sequence=1"), "h100:128", r"mesh.tensor=16 does not divide the 24 heads; set it to one of 1, 2, 3"),
+        (("mesh.sequenc=4",), "h100:128", r"the config has no 'mesh.sequenc'"),
+        (("mesh.sequence=many",), "h100:128", r"mesh.sequence is 8, a int, and 'many' is none"),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_the_numbers(settings, topology, message):
+    with pytest.raises(UserError, match=message):
+        made(*settings, topology=topology)
+
+
+def test_a_bucket_that_is_none_and_a_topology_that_is_none_are_one_line_of_the_command():
+    assert "129x720x1280" in run_module("hunyuan_jax.plan", CONFIG, "--topology=h100:128", "--bucket=9x9x9", expect=2)
+    assert "--topology is missing" in run_module("hunyuan_jax.plan", CONFIG, expect=2)
+
+
+def test_a_search_ranks_what_fits_fastest_first():
+    ranked = [found for _, found in plan.search(t2v_13b.get_config("video_720"), "h100:128", "", tries=6)]
+    assert len(ranked) == 6
+    assert all(found.fits for found in ranked)
+    times = [found.step_seconds for found in ranked]
+    assert times == sorted(times)
+    assert times[0] <= made().step_seconds

@@ -1,0 +1,81 @@
+"""What a TPU's own compiler makes of the training step, without a TPU: it fits, and exchanges happen beside attention.
+
+Needs libtpu (tests/requirements.txt has it); a compilation takes minutes.
+"""
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+from hunyuan_jax.hlo import Program
+from tests.commands import run_module, run_program
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu==0.0.42.1 compiles for TPUs")
+
+GIB = 2**30
+RING = """
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+import jax, jax.numpy as jnp
+jax.config.update("jax_platforms", "cpu")
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from hunyuan_jax.parallel.context_attention import IMAGE, ROWS, TEXT, How, context_attention
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+
+mesh = make_mesh(MeshConfig(data=1, sequence=4), topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices)
+length = 4 * 30_000
+
+def array(spec, *shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+x = [array(IMAGE, 1, length, 24, 128)] * 3 + [array(TEXT, 1, 256, 24, 128)] * 3
+
+def score(lengths, *x):
+    return sum(jnp.sum(out.astype(jnp.float32)) for out in context_attention(x[:3], x[3:], txt_lengths=lengths, how=How(length)))
+
+with jax.set_mesh(mesh):
+    step = jax.jit(jax.grad(score, argnums=range(1, 7))).lower(array(ROWS, 1, dtype=jnp.int32), *x).compile()
+print(step.memory_analysis().temp_size_in_bytes)
+print(step.as_text())
+"""
+
+
+def test_a_ring_exchanges_while_kernels_run_and_holds_little():
+    """24 heads of 128, 30,000 tokens on each of four devices, forward and backward: at most 5 GiB beside arguments and results."""
+    temporaries, _, text = run_program(RING).partition("\n")
+    assert int(temporaries) <= 5 * GIB
+    program = Program(text[text.index("HloModule") :])
+    begun: dict[str, int] = {}
+    pairs = 0
+    for instructions in program.computations.values():
+        kernels = 0
+        for instruction in instructions:
+            kernels += bool(instruction.kernel) or instruction.operation == "while"
+            if instruction.operation == "collective-permute-start":
+                begun[instruction.name] = kernels
+            elif instruction.operation == "collective-permute-done":
+                pairs += 1
+                assert kernels > begun[re.findall(r"%([\w.\-]+)", instruction.rest)[0]], f"{instruction.name} waits for no kernel"
+    assert pairs >= 2 + 4 + 2  # keys and values forward; the same with their gradients backward; gradients home
+
+
+def plan(stage: str, topology: str) -> dict:
+    said = run_module("hunyuan_jax.plan", f"--config=configs/t2v_13b.py:{stage}", f"--topology={topology}", "--json", minutes=25)
+    return json.loads(re.search(r"^\{.*\}$", said, re.MULTILINE)[0])
+
+
+def test_the_step_at_720p_fits_a_pod_and_runs_attention_forward_once():
+    """33 x 45 x 80 tokens on 128 chips of v5p: a forward kernel for each of 8 blocks of keys, and 3 for text, in each of 60 layers."""
+    said = plan("video_720", "v5p:4x4x8")
+    assert said["fits"]
+    assert said["mfu"] > 0.45
+    forward = sum(count for name, count in said["kernels_per_step"].items() if "fwd" in name)
+    assert forward == 60 * (8 + 3)
+
+
+def test_the_step_on_images_fits_a_pod():
+    said = plan("image_256", "v5p:4x4x8")
+    assert said["fits"]
+    assert said["compile_seconds"] > 0
