@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
@@ -260,6 +261,24 @@ def _splash_gradients(padded: _Padded, out: Array, lse: Array, slope: Array) -> 
 
     return jax.vmap(one)(*padded, out, lse, slope)
 
+
+@jax.custom_vjp
+def splash_attention(q: Array, k: Array, v: Array, valid: Valid) -> Float[Array, "B L H d"]:
+    """Attention over all valid keys, of the dtype of `v`; differentiable, where `SPLASH` is in parts."""
+    return _splash_attention_forward(q, k, v, valid)[0]
+
+
+def _splash_attention_forward(q: Array, k: Array, v: Array, valid: Valid) -> Any:
+    out, lse = checkpoint_name(splash_attend(q, k, v, valid), SAVED)
+    return out, (q, k, v, valid, out, lse)
+
+
+def _splash_attention_backward(kept: Any, slope: Array) -> Any:
+    q, k, v, valid, out, lse = kept
+    return *(grad.astype(slope.dtype) for grad in splash_attend_backward(q, k, v, valid, out, lse, slope)), None
+
+
+splash_attention.defvjp(_splash_attention_forward, _splash_attention_backward)
 
 REFERENCE = Kernel(attend, attend_backward)
 SPLASH = Kernel(splash_attend, splash_attend_backward)

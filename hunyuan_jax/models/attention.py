@@ -1,11 +1,10 @@
-"""Attention over tokens of which a prefix is valid, on one device: one function, behind which kernels may differ.
+"""Attention over tokens of which a prefix is valid, no token apart from others: one function, behind which kernels may differ.
 
 The joint sequence of the model is [image tokens, text tokens] with the valid text first, so one number per sample, the count
 of valid keys, says all there is to say about masking; no dense mask ever exists outside the reference backend.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from hunyuan_jax.attention_kernels import SAVED, SPLASH, Backend, backend_for
+from hunyuan_jax.attention_kernels import SAVED, Backend, backend_for, splash_attention
+from hunyuan_jax.parallel.context_attention import on_every_device
 
 # Finite, so that a sample without any valid key gives finite values (which nobody reads) instead of NaN; its exponential is 0.
 MASKED_SCORE = -1e30
@@ -32,32 +32,15 @@ def attention(
     """Softmax attention with scale 1/sqrt(d) over the first `kv_lengths` keys of each sample (all of them where None).
 
     Keys past the length contribute exactly nothing. Scores and softmax are float32; the result has the dtype of `v`, and the name
-    `SAVED` for recomputation that keeps it. The backend splash runs within one device: on a mesh, in a shard_map.
+    `SAVED` for recomputation that keeps it. On a mesh, samples and heads may be split, and tokens are not.
     """
     backend = backend_for(backend, v.dtype)
     if backend == "splash":
-        return _splash(q, k, v, None if kv_lengths is None else jnp.arange(k.shape[1]) < kv_lengths[:, None])
+        return on_every_device(splash_attention, q, k, v, None if kv_lengths is None else jnp.arange(k.shape[1]) < kv_lengths[:, None])
     if backend == "cudnn":
         out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=kv_lengths, implementation="cudnn")
         return checkpoint_name(out, SAVED)
     return checkpoint_name(_reference(q, k, v, kv_lengths), SAVED)
-
-
-@jax.custom_vjp
-def _splash(q: Array, k: Array, v: Array, valid: Bool[Array, "B M"] | None) -> Array:
-    return _splash_forward(q, k, v, valid)[0]
-
-
-def _splash_forward(q: Array, k: Array, v: Array, valid: Bool[Array, "B M"] | None) -> Any:
-    out, lse = checkpoint_name(SPLASH.attend(q, k, v, valid), SAVED)
-    return out, (q, k, v, valid, out, lse)
-
-
-def _splash_backward(kept: Any, slope: Array) -> Any:
-    return *(grad.astype(slope.dtype) for grad in SPLASH.attend_backward(*kept, slope)), None
-
-
-_splash.defvjp(_splash_forward, _splash_backward)
 
 
 def _reference(q: Array, k: Array, v: Array, kv_lengths: Int[Array, " B"] | None) -> Float[Array, "B L H d"]:

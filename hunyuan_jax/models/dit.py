@@ -51,7 +51,7 @@ from hunyuan_jax.models.layers import (
     sinusoid,
 )
 from hunyuan_jax.parallel.context_attention import How, Method, context_attention, degree_of
-from hunyuan_jax.parallel.sharding import mesh_size, sequence_size, split_tokens
+from hunyuan_jax.parallel.sharding import sequence_size, split_samples, split_tokens
 
 TIME_SCALE = 1000.0  # the released models count time and guidance in thousandths
 REFINER_MLP_RATIO = 4.0  # of the token refiner, whatever the blocks have
@@ -145,7 +145,7 @@ class Conditions:
     rope: Rope  # of the M joint tokens; text tokens are turned by nothing
     kv_lengths: Int[Array, " B"]  # valid joint tokens: every image token, then the valid text tokens
     backend: Backend = struct.field(pytree_node=False, default="auto")
-    context: How | None = struct.field(pytree_node=False, default=None)  # where attention is put together by hand on a mesh
+    context: How | None = struct.field(pytree_node=False, default=None)  # where devices share image tokens
 
     def of_stream(self, start: int, length: int) -> tuple[Array, Array | None]:
         """The modulation vectors and the clean tokens of a part of the joint sequence."""
@@ -192,7 +192,7 @@ class RefinerBlock(nn.Module):
         attn = attention(*split_heads(qkv, c.num_heads), kv_lengths=lengths)
         txt = gated_add(txt, attn_gate, linear(c.width, name="self_attn_proj", dtype=dtype)(rearrange(attn, "b s h d -> b s (h d)")))
         mlp = MLP(round(c.width * REFINER_MLP_RATIO), silu, dtype, name="mlp")
-        return gated_add(txt, mlp_gate, mlp(LayerNorm(dtype, name="norm2")(txt))), None
+        return split_samples(gated_add(txt, mlp_gate, mlp(LayerNorm(dtype, name="norm2")(txt)))), None
 
 
 class TokenRefiner(nn.Module):
@@ -210,8 +210,8 @@ class TokenRefiner(nn.Module):
         # Padding is zero by now, so the plain sum is the sum over valid tokens; an empty text has mean 0.
         mean = jnp.sum(txt.astype(jnp.float32), axis=1) / jnp.maximum(lengths, 1)[:, None]
         vec = MLPEmbedder(c.width, dtype, EMBEDDING_INIT, name="t_embedder")(time_features)
-        vec = vec + MLPEmbedder(c.width, dtype, name="c_embedder")(mean)
-        txt = linear(c.width, name="input_embedder", dtype=dtype)(txt)
+        vec = split_samples(vec + MLPEmbedder(c.width, dtype, name="c_embedder")(mean))
+        txt = split_samples(linear(c.width, name="input_embedder", dtype=dtype)(txt))
         if c.num_refiner_blocks:
             blocks = stacked(RefinerBlock, length=c.num_refiner_blocks, remat=c.remat)
             txt, _ = blocks(c, name="individual_token_refiner")(txt, vec, lengths)
@@ -261,7 +261,7 @@ class DoubleBlock(nn.Module):
         txt = gated_add(txt, txt_attn_mod.gate, self.projection("txt", txt_attn))
         img = gated_add(img, img_mlp_mod.gate, self.mlp("img", modulate(img, img_mlp_mod.shift, img_mlp_mod.scale)))
         txt = gated_add(txt, txt_mlp_mod.gate, self.mlp("txt", modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)))
-        return (split_tokens(img), txt), None
+        return (split_tokens(img), split_samples(txt)), None
 
     def modulation(self, stream: str, vec: Array, clean: Array | None) -> tuple[ModulationOut, ...]:
         return Modulation(2, self.config.compute_dtype, name=f"{stream}_mod")(vec, clean)
@@ -305,7 +305,7 @@ class SingleBlock(nn.Module):
         out = []
         for x, attn, mlp, gate in zip(streams, joint_attention(heads, conditions), mlps, gates, strict=True):
             out.append(gated_add(x, gate, linear2(jnp.concatenate([attn, gelu_tanh(mlp)], axis=-1))))
-        return (out[0] if len(out) == 1 else split_tokens(out[0]), *out[1:]), None
+        return (split_tokens(out[0]), *map(split_samples, out[1:])), None
 
 
 class PatchEmbed(nn.Module):
@@ -369,7 +369,7 @@ class DiT(nn.Module):
         txt, txt_lengths = valid_first(txt, txt_mask)
 
         time_features = sinusoid(TIME_SCALE * t)
-        vec = self.modulation_vectors(time_features, pooled, guidance, with_clean=clean_frames is not None)
+        vec = split_samples(self.modulation_vectors(time_features, pooled, guidance, with_clean=clean_frames is not None))
         img = PatchEmbed(c, name="img_in")(latents)
         num_img, devices = img.shape[1], sequence_size()
         img = split_tokens(jnp.pad(img, ((0, 0), (0, -num_img % devices), (0, 0))))
@@ -379,7 +379,7 @@ class DiT(nn.Module):
         if c.num_double_blocks:
             blocks = stacked(DoubleBlock, length=c.num_double_blocks, remat=c.remat)
             (img, txt), _ = blocks(c, name="double_blocks")((img, txt), conditions)
-        streams = (img, txt) if conditions.context else (jnp.concatenate([img, txt], axis=1),)
+        streams = (img, txt) if devices > 1 else (jnp.concatenate([img, txt], axis=1),)
         if c.num_single_blocks:
             streams, _ = stacked(SingleBlock, length=c.num_single_blocks, remat=c.remat)(c, name="single_blocks")(streams, conditions)
         patches = FinalLayer(c, name="final_layer")(streams[0][:, :num_img], vec[:, 0])
@@ -473,6 +473,6 @@ def joint_conditions(
         clean = jnp.pad(frame < clean_frames[:, None], ((0, 0), (0, after)))
     context = None
     backend = backend_for(config.attention, config.compute_dtype)
-    if devices > 1 or (backend == "splash" and mesh_size() > 1):  # a Pallas kernel is of one device
+    if devices > 1:
         context = How(num_img, degree_of(config.context, config.num_heads), backend)
     return Conditions(vec=vec, clean=clean, rope=rope, kv_lengths=num_img + txt_lengths, backend=backend, context=context)

@@ -14,6 +14,7 @@ Axis letters: B samples, L image tokens (padded to a multiple of the devices), S
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -199,13 +200,25 @@ def context_attention(
     `how.length` image tokens and the first `txt_lengths` text tokens of each sample. `how.degree` devices share heads by all-to-all, the
     rest is a ring: 1 is ring attention, the whole axis all-to-all alone. To be called under `jax.set_mesh`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     batch = image[0].shape[0]
-    # Samples that the axes of a batch do not divide are filled up.
-    fill = -batch % (mesh.shape["data"] * mesh.shape["fsdp"])
-    arrays = [jnp.pad(x, ((0, fill), *((0, 0) for _ in x.shape[1:]))) for x in (*image, *text, txt_lengths)]
-    img, txt = _attention(how, *arrays)
+    img, txt = _attention(how, *_filled(*image, *text, txt_lengths))
     return img[:batch], txt[:batch]
+
+
+def on_every_device(attend: Callable[..., Array], q: Array, k: Array, v: Array, valid: Valid) -> Float[Array, "B L H d"]:
+    """`attend(q, k, v, valid)` of [B, L, H, d] on each device's own samples and heads, as kernels need it that no compiler can split."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(q, k, v, valid)
+    valid = jnp.ones((k.shape[0], k.shape[1]), bool) if valid is None else valid
+    run = jax.shard_map(attend, in_specs=(TEXT, TEXT, TEXT, ROWS), out_specs=TEXT, check_vma=False)
+    return run(*_filled(q, k, v, valid))[: q.shape[0]]
+
+
+def _filled(*arrays: Array) -> list[Array]:
+    """Samples filled up to a number that the axes of a batch divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    fill = -arrays[0].shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"])
+    return [jnp.pad(x, ((0, fill), *((0, 0) for _ in x.shape[1:]))) for x in arrays]
 
 
 def degree_of(method: Method, heads: int) -> int:

@@ -88,8 +88,11 @@ def split_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, None, "sequence"))
 
 
-def whole_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-    """Within a program: the same, with clips split over the axes of a batch and nothing else."""
+def split_samples(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """Within a program: the same, with samples split over the axes of a batch and nothing else.
+
+    Said of what blocks take and give, lest a compiler split features like the weights, and sum whole batches over the devices.
+    """
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
@@ -106,8 +109,8 @@ def sequence_size() -> int:
 
 
 def split_tokens(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """Within a program: the same, with tokens split over `sequence`, which must divide them."""
-    if sequence_size() == 1:
+    """Within a program: the same, with samples split over the axes of a batch and tokens over `sequence`, which must divide them."""
+    if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, "sequence"))
 

@@ -26,7 +26,7 @@ from hunyuan_jax.lpips_weights import load_lpips
 from hunyuan_jax.models import critics
 from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
 from hunyuan_jax.models.vae_tiling import Method, Tiling, in_tiles
-from hunyuan_jax.parallel.sharding import gathered, split_rows, whole_rows
+from hunyuan_jax.parallel.sharding import gathered, split_rows, split_samples
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.critic import CriticConfig, Gradients, lesson, opinion
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
@@ -172,7 +172,7 @@ class VAETask:
             return code(x)
         assert self.tiling is not None
         # Tiles are cut from, and joined to, whole rows: their edges are not those between devices.
-        return split_rows(in_tiles(self.model, method, lambda tile: whole_rows(code(tile)), whole_rows(x), self.tiling))
+        return split_rows(in_tiles(self.model, method, lambda tile: split_samples(code(tile)), split_samples(x), self.tiling))
 
     def fidelity(
         self, frames: Float[Array, "B T H W 3"], batch: VideoBatch, key: PRNGKeyArray
