@@ -64,6 +64,10 @@ def test_a_model_on_any_mesh_gives_the_loss_and_the_gradients_of_one_device():
     assert "4 cases equal one device" in said
 
 
+def test_a_training_goes_the_same_way_on_a_mesh_of_all_axes_as_on_one_device():
+    assert "1 meshes train as one device" in run_module("tests.mesh_curves", "--meshes", "1")
+
+
 MEMORY = """
 import jax, jax.numpy as jnp
 jax.config.update("jax_num_cpu_devices", 8)
