@@ -9,7 +9,6 @@ these keys alone, of queries whose log-sum-exp over all keys is known. Both have
 Axis letters: B samples, L queries, M keys, H heads, d head width.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -140,8 +139,8 @@ LANES = 128
 # a kernel unasked, and keys must come in equal parts of two to four lanes' widths.
 BLOCKS = (1280, 1152, 1024, 768)
 MOST_KEYS_AT_ONCE = 512
-# The kernel of gradients leaves one for the queries by each block of keys: bytes of them at a time, in so many parts at most.
-MOST_COPIES, MOST_PARTS = 3 * 2**28, 8
+# The kernel of gradients leaves one for the queries by each block of keys; so many bytes of them are held at a time.
+MOST_COPIES = 3 * 2**27
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -194,18 +193,11 @@ class _Padded(NamedTuple):
         )
         return kernel, {name: value for name, value in kernel.kwargs.items() if name != "save_residuals"}
 
-    def split(self) -> "list[_Padded]":
-        """Parts of the keys, whole blocks each, so few that the gradient of queries by each block fits in `MOST_COPIES` bytes."""
-        block, keys = self.sizes.block_kv, self.k.shape[2]
-        parts = min(MOST_PARTS, keys // block, -(-self.q.size * self.q.dtype.itemsize * (keys // block) // MOST_COPIES))
-        bounds = [block * (keys // block * n // parts) for n in range(parts + 1)]
-
-        def part(start: int, end: int) -> "_Padded":
-            ids = self.segments
-            segments = None if ids is None else splash.SegmentIds(q=ids.q, kv=ids.kv[:, start:end])
-            return _Padded(self.q, self.k[:, :, start:end], self.v[:, :, start:end], segments)
-
-        return [part(start, end) for start, end in itertools.pairwise(bounds)]
+    def num_parts(self) -> int:
+        """Into how many equal parts the keys are cut, whole blocks each, for the gradient of queries by each block to fit `MOST_COPIES`."""
+        blocks = self.k.shape[2] // self.sizes.block_kv
+        needed = min(blocks, -(-self.q.size * self.q.dtype.itemsize * blocks // MOST_COPIES))
+        return next(parts for parts in range(needed, blocks + 1) if blocks % parts == 0)
 
 
 def _heads_first(x: Float[Array, "B L H d"]) -> Float[Array, "B H L d"]:
@@ -240,15 +232,20 @@ def splash_attend_backward(
     lse = jnp.pad(jnp.swapaxes(lse, 1, 2), ((0, 0), (0, 0), (0, more)), constant_values=math.inf)
     out, slope = _heads_first(out), _heads_first(slope)
 
-    dq = jnp.zeros(padded.q.shape, jnp.float32)
-    of_keys: list[list[Array]] = []
-    for part in padded.split():
-        if of_keys:  # one part after the other
-            part, dq = jax.lax.optimization_barrier((part, dq))
-        more_dq, *grads = _splash_gradients(part, out, lse, slope)
-        dq += more_dq
-        of_keys.append(grads)
-    dk, dv = (_tokens_first(jnp.concatenate(x, axis=2), keys).astype(jnp.float32) for x in zip(*of_keys, strict=True))
+    parts = padded.num_parts()
+
+    def cut(x: Array, axis: int) -> Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis, 0)
+
+    def some(dq: Array, part: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
+        k, v, ids = part
+        segments = None if ids is None else splash.SegmentIds(q=padded.segments.q, kv=ids)  # type: ignore[union-attr]
+        more_dq, dk, dv = _splash_gradients(_Padded(padded.q, k, v, segments), out, lse, slope)
+        return dq + more_dq, (dk, dv)
+
+    ids = None if padded.segments is None else cut(padded.segments.kv, 1)
+    dq, of_keys = jax.lax.scan(some, jnp.zeros(padded.q.shape, jnp.float32), (cut(padded.k, 2), cut(padded.v, 2), ids))
+    dk, dv = (_tokens_first(jnp.moveaxis(x, 0, 2).reshape(padded.k.shape), keys).astype(jnp.float32) for x in of_keys)
     return _tokens_first(dq, queries) * q.shape[-1] ** -0.5, dk, dv
 
 

@@ -38,7 +38,7 @@ from hunyuan_jax.flops import StepFlops, dit_step_flops
 from hunyuan_jax.hlo import Exchange, Program
 from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
-from hunyuan_jax.parallel.compiler_options import compiler_options
+from hunyuan_jax.parallel.compiler_options import step_options
 from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding, rule_for
 from hunyuan_jax.settings import build, parse_flags
@@ -293,17 +293,16 @@ def batch_shapes(task: Task, config: ConfigDict, bucket: Bucket, mesh: Mesh) -> 
     )  # fmt: skip
 
 
-def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
-    """The compiled training step of a bucket on the config's mesh of these devices."""
+def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any]) -> Any:
+    """The compiled training step of a bucket on the config's mesh of these devices, with the options that training would ask for."""
     task = planned_task(config)
     mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"), devices)
     optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
     step = make_step(task, optimizer, ema=build(EmaConfig, config.ema, where="ema"), key=jax.random.key(0))
     state = abstract_state(task, optimizer, mesh)  # outside the mesh, whose devices can compute nothing
-    if options is None:
-        options = compiler_options(devices[0].device_kind)
+    options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=config.train.get("tuned_compiler", False))}
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(state, batch_shapes(task, config, bucket, mesh)).compile(dict(options))
+        return jax.jit(step, donate_argnums=0).lower(state, batch_shapes(task, config, bucket, mesh)).compile(options)
 
 
 def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True) -> Plan:

@@ -85,6 +85,16 @@ OPTIONS: dict[Generation, dict[str, str]] = {
 }
 
 
+# Without it a TPU's scheduler starts what a ring passes on only after the kernels that it could have run beside.
+OVERLAPPED_RING = {"xla_tpu_enable_all_experimental_scheduler_features": "true"}
+
+
+def step_options(device_kind: str, *, tuned: bool) -> dict[str, str]:
+    """What a training step is compiled with; where `tuned`, with all of the generation's options, which compile twice as long."""
+    always = OVERLAPPED_RING if device_kind.startswith("TPU") else {}
+    return always | (compiler_options(device_kind) if tuned else {})
+
+
 def compiler_options(device_kind: str) -> dict[str, str]:
     """The options for devices of a kind, which is `device_kind` of a `jax.Device`; none for CPUs and for kinds that are not known."""
     generation = next((found for beginning, found in DEVICE_KINDS if device_kind.startswith(beginning)), None)
