@@ -6,7 +6,7 @@ modulation are computed in float32 whatever the compute dtype; linear layers run
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
+
+from hunyuan_jax.parallel.sharding import as_multiplied
 
 EPSILON = 1e-6
 SINUSOID_FEATURES = 256
@@ -32,7 +34,11 @@ recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 def linear(features: int, *, name: str, dtype: DTypeLike, kernel_init: Initializer = LINEAR_INIT) -> nn.Dense:
     """A biased linear layer: parameters in float32, the product in `dtype`."""
-    return nn.Dense(features, name=name, dtype=dtype, kernel_init=kernel_init)
+
+    def product(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+        return jax.lax.dot_general(x, as_multiplied(kernel, name), *args, **kwargs)
+
+    return nn.Dense(features, name=name, dtype=dtype, kernel_init=kernel_init, dot_general=product)
 
 
 def sinusoid(t: Float[Array, " B"], features: int = SINUSOID_FEATURES) -> Float[Array, "B F"]:

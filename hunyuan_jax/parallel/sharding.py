@@ -96,12 +96,6 @@ def split_samples(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def mesh_size() -> int:
-    """Within a program: how many devices it runs on; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
-
-
 def sequence_size() -> int:
     """Within a program: how many devices share the tokens of a sample; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -113,6 +107,24 @@ def split_tokens(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, "sequence"))
+
+
+def as_multiplied(kernel: Float[Array, "K N"], name: str) -> Float[Array, "K N"]:
+    """Within a program: the kernel of the layer `name`, gathered over `fsdp` and split over `tensor` as the table says.
+
+    Said of every kernel, since a compiler that may choose moves activations to weights, and XLA's has chosen wrong sums.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel
+    try:
+        axes = rule_for(f"{name}/kernel", kernel.shape)
+    except KeyError:  # a name that says nothing without its place
+        axes = (None,) * kernel.ndim
+    kept = [
+        "tensor" if axis == "tensor" and size % mesh.shape["tensor"] == 0 else None for axis, size in zip(axes, kernel.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*kept))
 
 
 def gathered(params: Any) -> Any:
