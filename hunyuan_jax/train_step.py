@@ -2,11 +2,18 @@
 
 The guard: where a gradient's norm is not finite the step changes nothing but its count, without asking the host. A task with a
 critic has two gradients, taken at the same parameters, and one guard; a critic is not averaged.
+
+A batch may be too large to be held at once: its gradient is then the mean of those of `accumulate` parts, taken one after another.
+
+    samples        0 1 2 3 | 4 5 6 7    on two devices, in two parts
+    first part     0   2   | 4   6      every second one, so that each device has as many and none changes its device
+    second part      1   3 |   5   7
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, cast
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import flax.struct
 import jax
@@ -15,7 +22,10 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.errors import UserError
 from hunyuan_jax.optimizer import make_optimizer
+from hunyuan_jax.parallel.sharding import BATCH_AXES
 from hunyuan_jax.tasks.critic import AdversarialTask
 from hunyuan_jax.tasks.task import Params, Task
 
@@ -43,6 +53,7 @@ class TrainState:
     critic: CriticState | None = None
 
 
+Found = TypeVar("Found")
 Step = Callable[[TrainState, VideoBatch], tuple[TrainState, dict[str, Float[Array, ""]]]]
 
 
@@ -51,6 +62,27 @@ class EmaConfig:
     """The average keeps `decay` of itself each step, less at first: never more than (1 + step) / (10 + step)."""
 
     decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"ema: decay must lie in [0, 1], not {self.decay}.")
+
+
+def check_accumulation(accumulate: int, *, task: Task, buckets: Sequence[Bucket], mesh: jax.sharding.Mesh) -> None:
+    """Raises `UserError` where the batch of a bucket does not divide into parts that divide over the mesh."""
+    if task.critic is not None and task.critic.optimizer.accumulate != 1:
+        raise UserError("critic.optimizer.accumulate must be 1: the critic sees the parts that optimizer.accumulate makes of a batch.")
+    if accumulate == 1:
+        return
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    least = accumulate * devices
+    for bucket in buckets:
+        if bucket.batch % least:
+            nearest = max(1, round(bucket.batch / least)) * least
+            raise UserError(
+                f"Bucket {bucket.name}: a batch of {bucket.batch} does not divide into optimizer.accumulate={accumulate} parts over "
+                f"{devices} devices (mesh.data x mesh.fsdp); set a multiple of {least}, such as {nearest}, or accumulate less."
+            )
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, critic: CriticState | None = None) -> TrainState:
@@ -72,15 +104,21 @@ def average(ema: Params, params: Params, *, step: Int[Array, ""], decay: float) 
     return jax.tree.map(lambda e, p: e + (1.0 - keep) * (p.astype(e.dtype) - e), ema, params)
 
 
-def make_step(task: Task, optimizer: optax.GradientTransformation, *, ema: EmaConfig, key: PRNGKeyArray) -> Step:
-    """The step for a task. `key` is the run's; a sample's noise is folded from it and the sample's id alone."""
+def make_step(task: Task, optimizer: optax.GradientTransformation, *, ema: EmaConfig, key: PRNGKeyArray, accumulate: int = 1) -> Step:
+    """The step for a task. `key` is the run's; a sample's noise is folded from it and the sample's id alone.
+
+    In `accumulate` parts a batch makes the same step within rounding, as far as losses are means over samples: the adaptive weight of
+    a critic's opinion is no mean, and each part has its own.
+    """
+    learn = jax.value_and_grad(task.loss, has_aux=True)
 
     def step(state: TrainState, batch: VideoBatch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         critic = state.critic
         if critic is None:
-            (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, key=key)
+            (loss, metrics), grads = _in_parts(lambda part: learn(state.params, part, key=key), batch, accumulate)
         else:
-            found = cast(AdversarialTask, task).gradients(state.params, critic.params, batch, key=key, step=state.step)
+            judge, contest = critic.params, cast(AdversarialTask, task).gradients
+            found = _in_parts(lambda part: contest(state.params, judge, part, key=key, step=state.step), batch, accumulate)
             loss, metrics, grads = found.loss, found.metrics, found.model
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
@@ -99,6 +137,21 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, *, ema: EmaCo
         return state, {"loss": loss, "grad_norm": grad_norm, "skipped": skipped.astype(jnp.float32), **metrics}
 
     return step
+
+
+def _in_parts(find: Callable[[VideoBatch], Found], batch: VideoBatch, parts: int) -> Found:
+    """The mean, taken in float32, of what `find` says of each part of a batch; of one part what it says."""
+    if parts == 1:
+        return find(batch)
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    said = jax.eval_shape(find, jax.tree.map(lambda x: x[0], split))
+
+    def add(total: Any, part: VideoBatch) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, find(part)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), said), split)
+    mean: Found = jax.tree.map(lambda t, x: (t / parts).astype(x.dtype), total, said)
+    return mean
 
 
 def _updated(task: Task, critic: CriticState, grads: Params) -> CriticState:
