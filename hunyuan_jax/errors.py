@@ -46,13 +46,16 @@ def explain_disk_error(error: BaseException) -> str | None:
     return None
 
 
+leave: Callable[[int], None] = sys.exit  # how a command that failed ends its process; a run of several processes has another way
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs `main(argv)` as a command: a `UserError` becomes `error: ...` on stderr and exit code 2."""
     try:
         main(sys.argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except Exception as error:
         said = explain_disk_error(error)
         if said is None:
@@ -63,4 +66,4 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         os._exit(2)  # at once: threads that still write checkpoints would say the same again, with tracebacks
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
-        sys.exit(130)
+        leave(130)

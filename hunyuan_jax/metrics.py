@@ -35,11 +35,15 @@ class MetricWriter:
     """Writes metrics of process 0 to `workdir`; on other processes it writes nothing, so that the loop needs no condition.
 
     `start_step` is the last step done before: 0 for a run from the start, which begins its files anew, else the step restored
-    from, after which earlier records are dropped. Values may be arrays on a device; they are fetched here and nowhere else.
+    from, after which earlier records are dropped; of those up to it the first `lines` stay, all where that is None. Values may be
+    arrays on a device; they are fetched here and nowhere else.
     """
 
-    def __init__(self, workdir: str | Path, *, start_step: int = 0) -> None:
-        self._lines, self._events = _open_files(Path(workdir), start_step) if jax.process_index() == 0 else _open_nowhere()
+    def __init__(self, workdir: str | Path, *, start_step: int = 0, lines: int | None = None) -> None:
+        self.lines = 0  # in metrics.jsonl
+        if jax.process_index() == 0:
+            self.lines = _forget_after(Path(workdir) / "metrics.jsonl", start_step, lines)
+        self._lines, self._events = _open_files(Path(workdir)) if jax.process_index() == 0 else _open_nowhere()
         self._event(0, file_version="brain.Event:2")
         # TensorBoard forgets what an earlier run wrote from this step on.
         self._event(start_step + 1 if start_step else 0, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
@@ -49,6 +53,7 @@ class MetricWriter:
         values = {name: float(value) for name, value in scalars.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, "seconds": round(time.time(), 3)} | finite) + "\n")
+        self.lines += 1
         self._event(step, summary=_summary(simple_value=values))
 
     def write_videos(self, step: int, videos: Mapping[str, np.ndarray], *, fps: float = 8.0) -> None:
@@ -66,8 +71,11 @@ class MetricWriter:
         self._event(0, summary=hparams_summary.hparams_pb(plain))
 
     def flush(self) -> None:
+        """Returns when the lines are on the disk: a checkpoint that comes later must not be there without them."""
         self._lines.flush()
         self._events.flush()
+        if jax.process_index() == 0:
+            os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         self._lines.close()
@@ -78,29 +86,29 @@ class MetricWriter:
         self._events.flush()
 
 
-def _open_files(workdir: Path, start_step: int) -> tuple[IO[str], RecordWriter]:
+def _open_files(workdir: Path) -> tuple[IO[str], RecordWriter]:
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "metrics.jsonl"
-    if path.exists():
-        _forget_after(path, start_step)
     # TensorBoard reads the files of a folder in the order of their names, so the name begins with the time.
     events = workdir / f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
-    return path.open("a", buffering=1), RecordWriter(events.open("wb"))
+    return (workdir / "metrics.jsonl").open("a", buffering=1), RecordWriter(events.open("wb"))
 
 
 def _open_nowhere() -> tuple[IO[str], RecordWriter]:
     return open(os.devnull, "w"), RecordWriter(open(os.devnull, "wb"))
 
 
-def _forget_after(path: Path, start_step: int) -> None:
-    """Rewrites `path` with the lines of steps 1 to `start_step` only (and 0 if there are any such), whole or not at all."""
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if start_step and line["step"] <= start_step]
+def _forget_after(path: Path, start_step: int, lines: int | None) -> int:
+    """Rewrites `path` with the first `lines` of steps 1 to `start_step` (and 0 if there are any such), whole or not at all; counts them."""
+    if not path.exists():
+        return 0
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if start_step and line["step"] <= start_step][:lines]
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return len(kept)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -164,8 +172,8 @@ def _format_scalar(name: str, value: float) -> str:
 
 
 def progress(total: int, initial: int) -> tqdm:
-    """A bar over `total` steps, `initial` of them done before, with the time left; the caller updates and closes it."""
-    return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, smoothing=0.05)
+    """A bar over `total` steps, `initial` of them done before, with the time left, on process 0; the caller updates and closes it."""
+    return tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, smoothing=0.05, disable=jax.process_index() != 0)
 
 
 def environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ FORMAT = 1
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` and renames it to `path` at the end; an error leaves `path` as it was."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Hosts that share a disk may write the same file at the same time, and containers often have the same process number.
+    temporary = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)

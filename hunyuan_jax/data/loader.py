@@ -107,16 +107,20 @@ class ReadStep:
     schedule: Schedule
     text_length: int
     encode: Encode | None
-    process: int
-    processes: int
+    sharding: jax.sharding.Sharding
 
     def __call__(self, number: int) -> VideoBatch:
         step = self.schedule.step(number)
-        share = len(step.rows) // self.processes
-        mine = slice(self.process * share, (self.process + 1) * share)
-        items = self.dataset.read(step.rows[mine])
         bucket = self.schedule.buckets[step.bucket]
-        return make_batch(items, bucket, epochs=step.epochs[mine], text_length=self.text_length, random=True, encode=self.encode)
+        mine = rows_here(self.sharding, bucket.batch)
+        items, epochs = self.dataset.read([step.rows[i] for i in mine]), [step.epochs[i] for i in mine]
+        return make_batch(items, bucket, epochs=epochs, text_length=self.text_length, random=True, encode=self.encode)
+
+
+def rows_here(sharding: jax.sharding.Sharding, batch: int) -> tuple[int, ...]:
+    """Which rows of a batch this process's devices hold, in order. Processes that share samples between them hold the same ones."""
+    pieces = sharding.addressable_devices_indices_map((batch,)).values()
+    return tuple(sorted({row for piece in pieces if piece is not None for row in range(batch)[piece[0]]}))
 
 
 def to_mesh(batch: VideoBatch, sharding: jax.sharding.Sharding) -> VideoBatch:
@@ -137,10 +141,13 @@ class Loader:
         steps: int,
         encode: Encode | None = None,
     ):
+        parts = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
         for bucket in schedule.buckets:
-            if bucket.batch % jax.process_count():
-                raise UserError(f"Bucket {bucket.name}: a batch of {bucket.batch} cannot be spread over {jax.process_count()} processes.")
-        read = ReadStep(dataset, schedule, config.text_length, encode, jax.process_index(), jax.process_count())
+            if bucket.batch % parts:
+                raise UserError(
+                    f"Bucket {bucket.name}: a batch of {bucket.batch} is split into {parts} on this mesh; set a multiple of it."
+                )
+        read = ReadStep(dataset, schedule, config.text_length, encode, sharding)
         options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
         self._batches: Any = iter(grain.MapDataset.range(steps).map(read).to_iter_dataset(options))
         self._sharding = sharding

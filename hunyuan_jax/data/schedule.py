@@ -44,11 +44,15 @@ def _steps_per_period(shares: Sequence[float]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The plan for `buckets`, where `rows[b]` are the dataset's row numbers that bucket b may use."""
+    """The plan for `buckets`, where `rows[b]` are the dataset's row numbers that bucket b may use.
+
+    With `left_out` a run reads at each step what the plan has so many steps later.
+    """
 
     seed: int
     buckets: tuple[Bucket, ...]
     rows: tuple[tuple[int, ...], ...]
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         if not self.buckets or sum(b.share for b in self.buckets) <= 0:
@@ -66,7 +70,7 @@ class Schedule:
 
     def step(self, number: int) -> Step:
         """What step `number` (from 0) reads."""
-        period, place = divmod(number, PERIOD)
+        period, place = divmod(number + self.left_out, PERIOD)
         order = _order_of_period(self.seed, tuple(self._counts), period)
         bucket = order[place]
         turn = period * self._counts[bucket] + order[:place].count(bucket)

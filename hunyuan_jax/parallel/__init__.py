@@ -1,1 +1,1 @@
-"""The device mesh and where arrays live on it."""
+"""The device mesh, where arrays live on it, and the processes that share it."""

@@ -1,0 +1,134 @@
+"""The processes of a run on several hosts: how one finds out that it is one of them, and joins the others.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID    set by hand, by launch/local.py or by a manifest of launch/render.py
+    SLURM_...                                                     a step of several tasks; jax reads its variables
+    a TPU slice of several hosts, or several slices               jax asks the environment or the metadata server about them
+
+The first of these that is there counts. Where none is, the run has one process.
+"""
+
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from hunyuan_jax import errors
+from hunyuan_jax.errors import UserError
+
+START_SECONDS = 300  # that processes wait for the others at the start: images are pulled and disks mounted meanwhile
+HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as lost and all others end
+SHUTDOWN_SECONDS = 30  # that a process which is done waits for the others
+PARTING_SECONDS = 2  # that a process which failed stays: others with the same mistake can say it, before they lose this one
+
+ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{key}"
+
+
+def initialize() -> None:
+    """Joins the other processes of this run, if there are any. Nothing may have touched a device before.
+
+    From then on a process that fails ends at once with its own exit code, and the others within a minute of losing it.
+    Raises `UserError` where the variables that say so are incomplete or wrong.
+    """
+    found = find(os.environ)
+    if found is None:
+        return
+    said, arguments = found
+    print(f"Joining a run of several processes ({said}); they have {START_SECONDS} s to come.", file=sys.stderr, flush=True)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler would take SIGTERM for itself, and a process that is told to end would train on until it is killed.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        **arguments,
+        initialization_timeout=START_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+    # A process that ends as usual waits for the others, which wait for it in the middle of a step.
+    errors.leave = _end_at_once
+    sys.excepthook = _say_and_end
+
+
+def find(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
+    """How this process is one of several, in words and as arguments of `jax.distributed.initialize`; None for a single process."""
+    explicit = [name for name in (ADDRESS, COUNT, NUMBER) if environment.get(name)]
+    if explicit:
+        return _from_variables(environment, explicit)
+    if all(name in environment for name in SLURM) and environment["SLURM_NTASKS"] != "1":
+        return f"task {environment['SLURM_PROCID']} of {environment['SLURM_NTASKS']} of SLURM", {"cluster_detection_method": "slurm"}
+    if (hosts := tpu_hosts(environment)) > 1:
+        return f"one of {hosts} hosts with TPUs", {}
+    return None
+
+
+def _from_variables(environment: Mapping[str, str], given: list[str]) -> tuple[str, dict[str, Any]] | None:
+    missing = [name for name in (ADDRESS, COUNT, NUMBER) if name not in given]
+    if missing:
+        raise UserError(
+            f"A run of several processes needs {ADDRESS}, {COUNT} and {NUMBER}, but only {' and '.join(given)} is set; "
+            f"set {' and '.join(missing)} too, or none of them for a run of one process."
+        )
+    address = environment[ADDRESS]
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host) or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise UserError(f"{ADDRESS} must be HOST:PORT of process 0, such as 10.0.0.1:8476, not {address!r}.")
+    count, number = (_whole_number(environment, name) for name in (COUNT, NUMBER))
+    if count < 1:
+        raise UserError(f"{COUNT} must be at least 1, not {count}.")
+    if not 0 <= number < count:
+        raise UserError(f"{NUMBER} must lie between 0 and {count - 1}, since {COUNT} is {count}, and not be {number}.")
+    if count == 1:
+        return None
+    arguments = {"coordinator_address": address, "num_processes": count, "process_id": number, "cluster_detection_method": "deactivate"}
+    return f"process {number} of {count}, coordinator {address}", arguments
+
+
+def _whole_number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise UserError(f"{name} must be a whole number, not {environment[name]!r}.") from None
+
+
+def tpu_hosts(environment: Mapping[str, str]) -> int:
+    """How many hosts share the TPU slices that this machine belongs to; 1 where jax has no TPU to use."""
+    platforms = getattr(jax.config, "jax_platforms", None) or ""
+    if "tpu" not in platforms.split(","):  # jax puts it there on import where it finds one
+        return 1
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    slices = environment.get("MEGASCALE_NUM_SLICES")
+    if not workers and "TPU_SKIP_MDS_QUERY" not in environment:
+        workers = _metadata(environment, "worker-network-endpoints")
+        in_metadata = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata(environment, "tpu-env"), re.MULTILINE)
+        slices = slices or (in_metadata[1] if in_metadata else None)
+    return len((workers or "").split(",")) * int(slices or 1)
+
+
+def _metadata(environment: Mapping[str, str], key: str) -> str:
+    """An attribute of this virtual machine; empty where there is no such attribute and where no server answers."""
+    url = METADATA.format(host=environment.get("GCE_METADATA_IP", "metadata.google.internal"), key=key)
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=10) as answer:
+            return answer.read().decode()
+    except urllib.error.URLError:
+        return ""
+
+
+def _end_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(PARTING_SECONDS)
+    os._exit(code)
+
+
+def _say_and_end(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, where)
+    _end_at_once(1)
