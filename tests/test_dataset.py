@@ -1,5 +1,6 @@
 """Laws of a dataset on disk: it is whole or it is none, and damage is said, not skipped."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -47,6 +48,15 @@ def test_the_same_records_are_the_same_shard(tmp_path):
     first, second = (write_shard(tmp_path / name, items) for name in ("a", "b"))
     assert first["sha256"] == second["sha256"]
     assert first["records"] == 5
+
+
+def test_hosts_that_share_a_disk_write_the_same_file_at_the_same_time(tmp_path, monkeypatch):
+    """In containers, which all have the same process number."""
+    with contextlib.ExitStack() as all_at_once:
+        for host in ("first", "second"):
+            monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+            all_at_once.enter_context(replacing(tmp_path / "file")).write_text("the same")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 KILLED = """

@@ -1,0 +1,134 @@
+"""Starts a command as several processes of one run on this machine, as a pod's hosts would start it:
+
+    python launch/local.py --processes 2 -- python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR ...
+
+Each process finds itself in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. SIGINT and SIGTERM are passed on. When one
+process fails the others are ended, and its exit code is this program's; 128 and the signal's number for one that a signal ended.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+GRACE_SECONDS = 90.0  # that processes have to end after a signal; a training saves meanwhile
+POLL_SECONDS = 0.02
+
+
+def free_port() -> int:
+    """A port that nothing on this machine listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def variables(number: int, *, processes: int, port: int) -> dict[str, str]:
+    """What tells process `number` who it is."""
+    return {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number)}
+
+
+def run(command: Sequence[str], *, processes: int, port: int) -> int:
+    """Runs the processes to their end and gives the exit code of the first that failed, 0 where none did."""
+    started: list[subprocess.Popen[bytes]] = []
+    with _passing_signals_to(started) as received:
+        try:
+            for number in range(processes):
+                environment = os.environ | variables(number, processes=processes, port=port)
+                # In a group of its own, so that a terminal does not send it the signals that are passed on to it.
+                how = {"env": environment, "stdin": subprocess.DEVNULL, "process_group": 0, "preexec_fn": _ends_with_parent()}
+                started.append(subprocess.Popen(command, **how))  # type: ignore[call-overload]
+            code = _wait(started, received)
+        finally:
+            _end(started)
+    return 128 + received[0] if received else code
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> int:
+    """Waits until all have ended well, one has failed, or those that got a signal have had their time."""
+    deadline = None
+    while True:
+        codes = [process.poll() for process in started]
+        failed = [code for code in codes if code]
+        if failed and not received:
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if None not in codes:
+            return 0
+        if received:
+            deadline = deadline or time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > deadline or len(received) > 1:
+                return 0
+        time.sleep(POLL_SECONDS)
+
+
+def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends what still runs, kindly at first, with all that it has started."""
+    running = [process for process in started if process.poll() is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and any(process.poll() is None for process in running):
+        time.sleep(POLL_SECONDS)
+    for process in started:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def _passing_signals_to(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Passes SIGINT and SIGTERM on to processes and gives the list of those that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for process in started:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ends_with_parent() -> Callable[[], None] | None:
+    """What a child does first, so that it gets SIGTERM when this process is killed; only Linux knows how."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    set_parent_death_signal = 1
+    return lambda: prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="local.py", description="Starts a command as several processes of one run on this machine.")
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument("--port", type=int, default=0, help="where the first process listens for the others (default: a free one)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --: what each process runs")
+    options = parser.parse_args(argv)
+    if options.processes < 1 or not 0 <= options.port < 65536:
+        parser.error(f"--processes must be at least 1 and --port below 65536, not {options.processes} and {options.port}")
+    if options.dry_run:
+        for number in range(options.processes):
+            told = variables(number, processes=options.processes, port=options.port)
+            print(*(f"{name}={value}" for name, value in told.items()), shlex.join(options.command))
+        return 0
+    try:
+        return run(options.command, processes=options.processes, port=options.port or free_port())
+    except OSError as error:
+        print(f"error: {options.command[0]} cannot be started: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""One of several processes of a run; `test_distributed.py` starts them with `launch/local.py`.
+
+python -m tests.several_processes WHAT
+
+`share` adds numbers over all devices and reads batches onto meshes; `mistake` is a command that fails on process 1 with the others in the
+middle of a sum, and `lost` one of whose processes stops without a word.
+"""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hunyuan_jax.data import loader, records
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.data.schedule import Schedule
+from hunyuan_jax.errors import UserError, run_command
+from hunyuan_jax.parallel import distributed
+from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import batch_sharding
+
+BUCKETS = (Bucket(frames=1, height=8, width=8, batch=4, share=1.0), Bucket(frames=1, height=8, width=8, batch=8, share=1.0))
+
+
+class Numbered:
+    """A dataset whose every record holds the number of its row."""
+
+    def read(self, rows):
+        state = records.TextStates(prompt="", txt=np.zeros((1, 2), np.float32), pooled=np.zeros(2, np.float32))
+        made = {"bucket": (1, 8, 8), "fps": 1.0, "source": "", "logvar": np.zeros((1, 1, 1, 1), np.float32), "texts": (state,)}
+        return [records.Latent(id=str(row), mean=np.full((1, 1, 1, 1), row, np.float32), **made) for row in rows]
+
+
+def total() -> float:
+    """The number of devices, counted by them."""
+    mesh = make_mesh(MeshConfig())
+    ones = jax.make_array_from_process_local_data(batch_sharding(mesh), np.ones(jax.local_device_count(), np.float32))
+    return float(jax.jit(jnp.sum)(ones))
+
+
+def share() -> None:
+    """Whatever mesh they stand on, devices get the rows that the plan has for their place in the batch."""
+    assert total() == jax.device_count() == 4
+    crossed = np.asarray(jax.devices()).reshape(2, 1, 2, 1).transpose(2, 1, 0, 3)  # each process has a device in every share
+    meshes = [make_mesh(MeshConfig(data=data, fsdp=fsdp, sequence=4 // data // fsdp)) for data, fsdp in ((4, 1), (1, 4), (2, 1), (1, 1))]
+    for mesh in [*meshes, Mesh(crossed, AXES, axis_types=(AxisType.Auto,) * 4)]:
+        schedule = Schedule(0, BUCKETS, (tuple(range(11)), tuple(range(7, 30))))
+        config = loader.DataConfig(path="x", kind="Latent", buckets=(), text_length=1)
+        for number, batch in enumerate(loader.Loader(config, schedule, Numbered(), sharding=batch_sharding(mesh), steps=4)):
+            plan = schedule.step(number)
+            assert batch.mean.shape[0] == len(plan.rows)
+            for shard in batch.mean.addressable_shards:
+                np.testing.assert_array_equal(np.ravel(shard.data), np.asarray(plan.rows)[shard.index[0]], str(mesh.shape))
+    odd = Schedule(0, (dataclasses.replace(BUCKETS[0], batch=6),), ((0, 1),))
+    with pytest.raises(UserError, match="a batch of 6 is split into 4"):
+        loader.Loader(config, odd, Numbered(), sharding=NamedSharding(meshes[0], PartitionSpec("data")), steps=1)
+    print(f"process {jax.process_index()} is content", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    what = argv[1]
+    if what == "lost":
+        distributed.HEARTBEAT_SECONDS = 4
+    distributed.initialize()
+    if what == "share":
+        return share()
+    total()
+    if jax.process_index() == 1:
+        if what == "mistake":
+            raise UserError("this is the mistake")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        total()
+
+
+if __name__ == "__main__":
+    run_command(main)
