@@ -297,8 +297,9 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any]) -> 
     """The compiled training step of a bucket on the config's mesh of these devices, with the options that training would ask for."""
     task = planned_task(config)
     mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"), devices)
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
-    step = make_step(task, optimizer, ema=build(EmaConfig, config.ema, where="ema"), key=jax.random.key(0))
+    settings = build(OptimizerConfig, config.optimizer, where="optimizer")
+    optimizer, ema = make_optimizer(settings), build(EmaConfig, config.ema, where="ema")
+    step = make_step(task, optimizer, ema=ema, key=jax.random.key(0), accumulate=settings.accumulate)
     state = abstract_state(task, optimizer, mesh)  # outside the mesh, whose devices can compute nothing
     options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=config.train.get("tuned_compiler", False))}
     with jax.set_mesh(mesh):
