@@ -6,6 +6,7 @@ Needs libtpu (tests/requirements.txt has it); a compilation takes minutes.
 import importlib.util
 import json
 import re
+from typing import Any
 
 import pytest
 
@@ -64,11 +65,22 @@ def test_a_ring_exchanges_while_kernels_run_and_holds_little():
     assert pairs >= 2 + 4 + 2  # keys and values forward; the same with their gradients backward; gradients home
 
 
+def plan(stage: str) -> dict[str, Any]:
+    command = ("hunyuan_jax.plan", f"--config=configs/t2v_13b.py:{stage}", "--topology=v5p:4x4x8", "--json")
+    return json.loads(re.search(r"^\{.*\}$", run_module(*command, minutes=25), re.MULTILINE)[0])
+
+
 def test_the_step_at_720p_fits_a_pod_and_runs_attention_forward_once():
     """33 x 45 x 80 tokens on 128 chips of v5p: a forward kernel for each of 8 blocks of keys, and 3 for text, in each of 60 layers."""
-    command = ("hunyuan_jax.plan", "--config=configs/t2v_13b.py:video_720", "--topology=v5p:4x4x8", "--json")
-    said = json.loads(re.search(r"^\{.*\}$", run_module(*command, minutes=25), re.MULTILINE)[0])
+    said = plan("video_720")
     assert said["fits"]
     assert said["mfu"] > 0.45
     forward = sum(count for name, count in said["kernels_per_step"].items() if "fwd" in name)
     assert forward == 60 * (8 + 3)
+
+
+def test_the_step_on_images_fits_a_pod_and_exchanges_little_more_than_weights_and_gradients():
+    said = plan("image_256")
+    assert said["fits"]
+    weights = 2 * 12_810_782_784  # bytes, in bfloat16: gathered forward and backward, and twice as much for a sum of gradients
+    assert said["exchanged_bytes_per_device"]["fsdp"] < 8 * weights
