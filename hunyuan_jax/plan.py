@@ -303,7 +303,12 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any]) -> 
     state = abstract_state(task, optimizer, mesh)  # outside the mesh, whose devices can compute nothing
     options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=config.train.get("tuned_compiler", False))}
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(state, batch_shapes(task, config, bucket, mesh)).compile(options)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        return (
+            jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+            .lower(state, batch_shapes(task, config, bucket, mesh))
+            .compile(options)
+        )
 
 
 def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True) -> Plan:

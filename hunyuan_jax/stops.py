@@ -136,15 +136,19 @@ class Agreement:
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._answers: collections.deque[jax.Array] = collections.deque()
 
-    def jit(self, step: Callable[..., Any], *, options: Mapping[str, str]) -> Callable[..., Any]:
-        """The step, compiled, with its state donated; where there are several processes it carries their wishes along."""
+    def jit(self, step: Callable[..., Any], *, state: Any, options: Mapping[str, str]) -> Callable[..., Any]:
+        """The step, compiled, with its state donated and left where it lies; among several processes it carries their wishes along.
+
+        `state` has its arrays' shardings: a compiler that chose others for the result would have to compile the next step again.
+        """
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
         if self._alone:
-            return jax.jit(step, donate_argnums=0, compiler_options={**options})
+            return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options={**options})
 
         def with_wishes(state: Any, batch: Any, wishes: jax.Array) -> Any:
             return (*step(state, batch), jnp.max(wishes))
 
-        compiled = jax.jit(with_wishes, donate_argnums=0, compiler_options={**options})
+        compiled = jax.jit(with_wishes, donate_argnums=0, out_shardings=(places, None, None), compiler_options={**options})
 
         def run(state: Any, batch: Any) -> Any:
             state, values, answer = compiled(state, batch, self._wishes())

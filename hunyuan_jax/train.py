@@ -203,12 +203,14 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
     ):
         stop.saved = lambda: checkpoints.committed
         agreement = stops.Agreement(stop, mesh)
+        abstract = abstract_state(task, optimizer, mesh)
+        options = step_options(mesh.devices.flat[0].device_kind, tuned=loop.tuned_compiler)
         run = Run(
             setup=setup,
             workdir=workdir,
             make_state=lambda: make_state(task, optimizer, key=key, mesh=mesh, start=config.start),
-            abstract=abstract_state(task, optimizer, mesh),
-            step_fn=agreement.jit(step, options=step_options(mesh.devices.flat[0].device_kind, tuned=loop.tuned_compiler)),
+            abstract=abstract,
+            step_fn=agreement.jit(step, state=abstract, options=options),
             held_out=HeldOut(setup, key=key, workdir=workdir),
             checkpoints=checkpoints,
             stop=stop,

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -200,8 +201,7 @@ def test_a_checkpoint_has_its_final_name_only_with_its_manifest(run, open_run, m
 
     monkeypatch.setattr(integrity.os, "replace", fail)
     checkpoints.save(40, small_state(40), data={})
-    while not checkpoints._pending.done():
-        checkpoints.check()  # waits for nothing
+    futures.wait([checkpoints._pending])
     with pytest.raises(OSError, match="No space left"):
         checkpoints.check()
     with pytest.raises(OSError, match="No space left") as error:

@@ -68,9 +68,9 @@ def assert_equal(one: Left, other: Left) -> None:
 
 def test_trainings_that_are_killed_at_random_moments_end_in_the_uninterrupted_ones_bits(tmp_path):
     seed = time.time_ns() % 1000
-    tally = kill_and_compare(tmp_path, tasks=["linear"], kills=3, seed=seed, say=print)
+    tally = kill_and_compare(tmp_path, tasks=["linear"], kills=2, seed=seed, say=print)
     assert tally.wrong == [], f"seed {seed}\n{table_of(tally)}"
-    assert (sum(tally.kills.values()), tally.bits, tally.values) == (3, 0, 0)
+    assert (sum(tally.kills.values()), tally.bits, tally.values) == (2, 0, 0)
 
 
 def test_a_run_that_stops_after_every_step_equals_one_that_never_does(run, tmp_path, monkeypatch):
@@ -200,8 +200,8 @@ def test_several_processes_stop_after_the_same_step_some_steps_after_the_wish():
     stop = stops.Stop(grace_seconds=60)
     agreement = stops.Agreement(stop, mesh)
     agreement._alone = False
-    step, reached = agreement.jit(lambda state, batch: (state + batch, {"loss": state}), options={}), []
-    state = jax.numpy.zeros(())
+    state, reached = jax.numpy.zeros(()), []
+    step = agreement.jit(lambda state, batch: (state + batch, {"loss": state}), state=state, options={})
     for number in range(8):
         if number == 3:
             stop._signal = signal.SIGTERM
