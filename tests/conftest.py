@@ -12,7 +12,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
-LONGEST = ("test_path.py", "test_vae_training.py", "test_export.py", "test_dit_parity.py", "test_vae_parity.py", "test_distributed.py")
+LONGEST = (
+    "test_path.py",
+    "test_tpu.py",
+    "test_vae_training.py",
+    "test_export.py",
+    "test_dit_parity.py",
+    "test_vae_parity.py",
+    "test_distributed.py",
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:
