@@ -45,7 +45,7 @@ from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.tasks import planned_task
 from hunyuan_jax.tasks.task import Task
 from hunyuan_jax.train import abstract_state
-from hunyuan_jax.train_step import EmaConfig, init_critic_state, init_state, make_step
+from hunyuan_jax.train_step import EmaConfig, TrainState, init_critic_state, init_state, make_step
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("a100", "h100", "h100pcie", "h200")
@@ -196,10 +196,15 @@ def check_batch(bucket: Bucket, mesh: Mapping[str, int]) -> None:
 # --- By arithmetic -------------------------------------------------------------------------------------------------------------
 
 
-def state_bytes(task: Task, optimizer: Any, mesh: Mapping[str, int]) -> tuple[float, float, float, float]:
+def state_shapes(config: ConfigDict) -> TrainState:
+    """Shapes and dtypes of the training state, the same on every mesh."""
+    task, key = planned_task(config), jax.random.key(0)
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
+    return jax.eval_shape(lambda: init_state(task.init(key), optimizer, init_critic_state(task, key)))
+
+
+def state_bytes(shapes: TrainState, mesh: Mapping[str, int]) -> tuple[float, float, float, float]:
     """Bytes on a device of parameters, of the optimizer and of the moving average, a critic's included; and of a whole checkpoint."""
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: init_state(task.init(key), optimizer, init_critic_state(task, key)))
 
     def share(leaf: Any, axes: Sequence[str | None]) -> float:
         parts = math.prod(mesh[axis] for axis, size in zip(axes, leaf.shape, strict=True) if axis and size % mesh[axis] == 0)
@@ -293,15 +298,15 @@ def batch_shapes(task: Task, config: ConfigDict, bucket: Bucket, mesh: Mesh) -> 
     )  # fmt: skip
 
 
-def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any]) -> Any:
-    """The compiled training step of a bucket on the config's mesh of these devices, with the options that training would ask for."""
+def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, more: Mapping[str, Any] | None = None) -> Any:
+    """The compiled training step of a bucket on the config's mesh of these devices, with training's compiler options and `more`."""
     task = planned_task(config)
     mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"), devices)
     settings = build(OptimizerConfig, config.optimizer, where="optimizer")
     optimizer, ema = make_optimizer(settings), build(EmaConfig, config.ema, where="ema")
     step = make_step(task, optimizer, ema=ema, key=jax.random.key(0), accumulate=settings.accumulate)
     state = abstract_state(task, optimizer, mesh)  # outside the mesh, whose devices can compute nothing
-    options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=config.train.get("tuned_compiler", False))}
+    options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=config.train.get("tuned_compiler", False)), **(more or {})}
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         return (
@@ -311,18 +316,17 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any]) -> 
         )
 
 
-def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True) -> Plan:
+def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True, shapes: TrainState | None = None) -> Plan:
     """The plan of a config's costliest bucket, or of the one that is named. Without `compiles`, by arithmetic alone.
 
-    Raises `UserError` for what cannot be, before anything is compiled.
+    `shapes` are the state's (`state_shapes`), where they are known. Raises `UserError` for what cannot be, before anything is compiled.
     """
     chip, devices = target(topology)
     bucket = costliest(config, bucket_name)
     mesh = axis_sizes(build(MeshConfig, config.mesh, where="mesh"), len(devices))
     check_batch(bucket, mesh)
     task = planned_task(config)
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
-    *_, checkpoint = state = state_bytes(task, optimizer, mesh)
+    *_, checkpoint = state = state_bytes(shapes or state_shapes(config), mesh)
     samples = bucket.batch / (mesh["data"] * mesh["fsdp"])
 
     if not isinstance(task.model, DiTConfig):
@@ -393,7 +397,7 @@ def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:
 # --- Search --------------------------------------------------------------------------------------------------------------------
 
 
-def candidates(config: ConfigDict, topology: str, bucket_name: str) -> Iterator[ConfigDict]:
+def candidates(config: ConfigDict, topology: str) -> Iterator[ConfigDict]:
     """The config on every mesh that fits the devices and the batch, with either way of sharing tokens and every recomputation."""
     count = len(target(topology)[1])
     sizes = [n for n in range(1, count + 1) if count % n == 0]
@@ -409,10 +413,10 @@ def candidates(config: ConfigDict, topology: str, bucket_name: str) -> Iterator[
 
 def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int) -> list[tuple[ConfigDict, Plan]]:
     """Of all candidates those that should fit, fastest first by arithmetic; for a TPU the first `tries` compiled, and those ranked."""
-    guesses = []
-    for tried in candidates(config, topology, bucket_name):
+    guesses, shapes = [], state_shapes(config)
+    for tried in candidates(config, topology):
         try:
-            guess = make_plan(tried, topology, bucket_name=bucket_name, compiles=False)
+            guess = make_plan(tried, topology, bucket_name=bucket_name, compiles=False, shapes=shapes)
         except UserError:
             continue
         if guess.fits:

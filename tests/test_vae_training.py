@@ -327,7 +327,9 @@ def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
         assert task.model == dataclasses.replace(VAEConfig(), remat="full", dtype="bfloat16")
 
 
-@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="LONG_TESTS=1 compiles the full-size step for TPUs: 10 minutes on 2 cores")
+@pytest.mark.skipif(
+    "LONG_TESTS" not in os.environ, reason="LONG_TESTS=1 compiles the full-size step for TPUs: more than 10 minutes on 2 cores"
+)
 def test_the_full_size_step_of_the_last_stage_compiles_for_tpus_and_fits_them(monkeypatch):
     bucket = "65x512x512"
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)

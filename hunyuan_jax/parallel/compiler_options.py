@@ -90,7 +90,7 @@ OVERLAPPED_RING = {"xla_tpu_enable_all_experimental_scheduler_features": "true"}
 
 
 def step_options(device_kind: str, *, tuned: bool) -> dict[str, str]:
-    """What a training step is compiled with; where `tuned`, with all of the generation's options, which compile twice as long."""
+    """What a training step is compiled with; where `tuned`, with all of the generation's options, which takes longer to compile."""
     always = OVERLAPPED_RING if device_kind.startswith("TPU") else {}
     return always | (compiler_options(device_kind) if tuned else {})
 

@@ -11,28 +11,15 @@ come on top. A bucket in tiles has a program of each of their shapes: compiling 
 
 import argparse
 import dataclasses
-import os
 import time
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from configs import vae as recipe
-from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
-from hunyuan_jax.models import critics
-from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
-from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
-from hunyuan_jax.parallel.sharding import batch_sharding
+from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes
+from hunyuan_jax.plan import compile_step, target
 from hunyuan_jax.settings import build
-from hunyuan_jax.tasks import VAETask
-from hunyuan_jax.train import abstract_state
-from hunyuan_jax.train_step import EmaConfig, make_step
 
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 
@@ -47,29 +34,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compiled_step(config: ConfigDict, bucket: Bucket, mesh: Mesh, *, clips: int, quick: bool = False) -> Any:
-    """The step of a config of the recipe on `clips` clips of the bucket, compiled for the mesh's devices."""
-    lpips = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), critics.lpips_shapes())
-    task = dataclasses.replace(VAETask.from_config(config, None), lpips=lpips)  # type: ignore[arg-type]
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
-    whole = batch_sharding(mesh)
-    frames = jax.ShapeDtypeStruct((clips, *bucket.shape, 3), jnp.float32, sharding=whole)
-    batch = VideoBatch(sample_id=jax.ShapeDtypeStruct((clips,), jnp.uint32, sharding=whole), frames=frames, tiled=bucket.tiled)
-    step = make_step(task, optimizer, ema=EmaConfig(), key=jax.random.key(0))
-    state = abstract_state(task, optimizer, mesh)  # outside the mesh, whose devices can compute nothing
-    with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(state, batch).compile(QUICKLY if quick else None)
-
-
 def main() -> None:
     args = parse()
     jax.config.update("jax_platforms", "cpu")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to ask about
-    devices = topologies.get_topology_desc(args.topology, platform="tpu").devices
+    _, devices = target(args.topology)
     config = recipe.get_config(args.part)
-    mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"), devices)
-    groups = len(devices) // mesh.shape["sequence"]
-    print(f"{args.part} on {len(devices)} devices of {args.topology}, {args.per_group} clips on each {mesh.shape['sequence']}")
+    sequence = axis_sizes(build(MeshConfig, config.mesh, where="mesh"), len(devices))["sequence"]
+    groups = len(devices) // sequence
+    print(f"{args.part} on {len(devices)} devices of {args.topology}, {args.per_group} clips on each {sequence}")
     print("| bucket | compiled in | state and batch | temporaries |\n|---|---|---|---|")
     for section in config.data.buckets:
         bucket = build(Bucket, section, where="bucket")
@@ -77,7 +49,9 @@ def main() -> None:
             continue
         start = time.perf_counter()
         try:
-            step = compiled_step(config, bucket, mesh, clips=args.per_group * groups, quick=args.quick)
+            step = compile_step(
+                config, dataclasses.replace(bucket, batch=args.per_group * groups), devices, more=QUICKLY if args.quick else {}
+            )
         except jax.errors.JaxRuntimeError as error:
             print(
                 f"| {bucket.name} | {time.perf_counter() - start:.0f} s | does not fit: {str(error).splitlines()[0][:200]} | |", flush=True
