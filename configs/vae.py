@@ -65,7 +65,7 @@ SMALL: dict[str, Any] = {
     "shapes_tiling": {"steps": 1000, "tiled": True, **_SMALL},
     "films": {**_SMALL, **FILMS},
 }
-SMALL_TILING = {"tile": (8, 32, 32), "overlap": (4, 8, 8)}
+SMALL_TILING = {"tile": (8, 32, 32), "overlap": (4, 8, 8), "at_once": True}
 
 
 def _buckets(stage: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -4,6 +4,7 @@ Where the subject is how tiles are cut and joined, the VAE is replaced by a code
 colours: there tiled and untiled must agree wherever the clip's colours are all alike within what a latent covers.
 """
 
+import dataclasses
 import functools
 import tracemalloc
 
@@ -106,9 +107,10 @@ def plain_params():
     return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape, np.float32)), abstract_params(PLAIN))
 
 
-def test_within_a_program_tiles_give_what_they_give_from_the_host_and_gradients_pass_through_them(plain_params):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_within_a_program_tiles_give_what_they_give_from_the_host_and_gradients_pass_through_them(plain_params, at_once):
     """Gradients against differences of the host's tiles, along a direction in which parameters and frames move together."""
-    both = plain_params, jnp.asarray(random(1, 5, 6, 4, 3))
+    both, tiling = (plain_params, jnp.asarray(random(1, 5, 6, 4, 3))), dataclasses.replace(CUT, at_once=at_once)
     weights, rng = random(1, 5, 6, 4, 3, seed=1), np.random.default_rng(4)
     direction = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), both)
 
@@ -121,8 +123,8 @@ def test_within_a_program_tiles_give_what_they_give_from_the_host_and_gradients_
     def within(both):
         params, frames = both
         code = lambda method: functools.partial(VAE(PLAIN).apply, {"params": params}, method=method)  # noqa: E731
-        posterior = Posterior.from_moments(in_tiles(PLAIN, "moments", code("moments"), frames, CUT))
-        out = in_tiles(PLAIN, "decode", code("decode"), posterior.mean, CUT)
+        posterior = Posterior.from_moments(in_tiles(PLAIN, "moments", code("moments"), frames, tiling))
+        out = in_tiles(PLAIN, "decode", code("decode"), posterior.mean, tiling)
         return jnp.sum(weights * out), out
 
     (_, out), grads = within(both)
