@@ -3,7 +3,7 @@
 python -m tests.several_processes WHAT
 
 `share` adds numbers over all devices and reads batches onto meshes; `mistake` is a command that fails on process 1 with the others in the
-middle of a sum, and `lost` one of whose processes stops without a word.
+middle of a sum. Of `stopped` process 1 stands still there, and of `killed` process 0 ends, without a word.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from hunyuan_jax.data import loader, records
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.schedule import Schedule
 from hunyuan_jax.errors import UserError, run_command
-from hunyuan_jax.parallel import distributed
+from hunyuan_jax.parallel import distributed, lifeline
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding
 
@@ -64,16 +64,15 @@ def share() -> None:
 
 def main(argv: list[str]) -> None:
     what = argv[1]
-    if what == "lost":
-        distributed.HEARTBEAT_SECONDS = 4
+    lifeline.SILENT_SECONDS = 4
     distributed.initialize()
     if what == "share":
         return share()
     total()
-    if jax.process_index() == 1:
-        if what == "mistake":
-            raise UserError("this is the mistake")
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if (what, jax.process_index()) == ("mistake", 1):
+        raise UserError("this is the mistake")
+    if (what, jax.process_index()) in (("stopped", 1), ("killed", 0)):
+        os.kill(os.getpid(), {"stopped": signal.SIGSTOP, "killed": signal.SIGKILL}[what])
     while True:
         total()
 

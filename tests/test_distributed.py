@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.metrics import read_metrics
-from hunyuan_jax.parallel import distributed
+from hunyuan_jax.parallel import distributed, lifeline
 from hunyuan_jax.parallel.distributed import ADDRESS, COUNT, NUMBER, find, tpu_hosts
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.train import train
@@ -228,6 +228,79 @@ def test_signals_reach_local_processes_and_none_is_left_behind(tmp_path, number)
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
+@pytest.fixture
+def lifelines(monkeypatch):
+    """Those of three processes, in one, and what each would have ended with."""
+    monkeypatch.setattr(lifeline, "BEAT_SECONDS", 0.05)
+    ends: list[list[str]] = [[], [], []]
+    lines = [lifeline.Lifeline(n, 3, end=ends[n].append) for n in range(3)]
+    told = lines[0].listen()
+    for line in lines[1:]:
+        line.connect("127.0.0.1", told)
+    wait_until(lambda: len(lines[0]._names) == 2)
+    yield lines, ends
+    for line in lines:
+        line.part()
+
+
+def wait_until(what) -> None:
+    deadline = time.monotonic() + 20
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert what()
+
+
+def test_all_are_told_which_process_was_lost(lifelines):
+    lines, ends = lifelines
+    (there,) = lines[2]._names
+    there.shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: ends[0] and ends[1])
+    assert all(said.startswith("process 2 of 3 (") for said in (*ends[0], *ends[1]))
+
+
+def test_a_process_that_has_done_its_part_is_not_missed(lifelines):
+    lines, ends = lifelines
+    lines[1].part()
+    wait_until(lambda: len(lines[0]._names) == 1)
+    lines[0].part()
+    wait_until(lambda: not lines[2]._names)
+    time.sleep(0.2)
+    assert ends == [[], [], []]
+
+
+def test_silence_is_a_loss(lifelines, monkeypatch):
+    lines, ends = lifelines
+    monkeypatch.setattr(lifeline, "SILENT_SECONDS", 1.0)
+    send, still = lifeline._send, set(lines[1]._names)
+    monkeypatch.setattr(lifeline, "_send", lambda there, said: None if there in still else send(there, said))
+    wait_until(lambda: ends[0] and ends[2])
+    assert ends[0] == ends[2] == [f"process 1 of 3 ({socket.gethostname()}) has given no sign of life for 1 s"]
+
+
+def test_a_process_that_stood_still_itself_takes_no_other_for_silent(lifelines, monkeypatch):
+    lines, ends = lifelines
+    stands, awake = [2.0], threading.Event()
+
+    def stand_still(there):  # and reads nothing of what came meanwhile
+        if stands:
+            time.sleep(stands.pop())
+            awake.set()
+
+    monkeypatch.setattr(lifeline, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(lines[2], "_hear", stand_still)
+    awake.wait(20)
+    time.sleep(0.3)
+    assert ends[2] == []
+
+
+def test_who_does_not_know_the_word_is_turned_away(lifelines):
+    lines, ends = lifelines
+    with socket.create_connection(lines[0]._listener.getsockname()[:2], timeout=10) as stranger:
+        stranger.sendall(b"mallory 1 here\n")
+        assert stranger.recv(1) == b""
+    assert (len(lines[0]._names), ends) == (2, [[], [], []])
+
+
 def test_processes_add_over_all_devices_and_read_the_rows_that_their_devices_hold():
     done = run_local(sys.executable, "-m", "tests.several_processes", "share", JAX_NUM_CPU_DEVICES="2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -246,27 +319,35 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_a_host_that_falls_silent_ends_the_others_within_a_minute(tmp_path):
-    """With four seconds in the place of the real ones: within so many and a few more that it takes to notice."""
-    processes = []
-    variables = {ADDRESS: f"127.0.0.1:{free_port()}", COUNT: "2"}
+@pytest.mark.parametrize(
+    ("what", "lost", "how"), [("stopped", 1, "has given no sign of life for 4 s"), ("killed", 0, "has ended or can no longer be reached")]
+)
+def test_a_host_that_is_lost_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path, what, lost, how):
+    """With four seconds of silence in the place of the real ones. JAX's own service runs in process 0, the one that is killed."""
+    processes, port = [], free_port()
+    logs = [tmp_path / str(n) for n in range(2)]
     for n in range(2):
-        command = [sys.executable, "-m", "tests.several_processes", "lost"]
-        environment = os.environ | variables | {NUMBER: str(n)}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        command = [sys.executable, "-m", "tests.several_processes", what]
+        environment = os.environ | {ADDRESS: f"127.0.0.1:{port}", COUNT: "2", NUMBER: str(n)}
+        with logs[n].open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log))
+    gone = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}
     try:
         deadline = time.monotonic() + 60
-        while psutil.Process(processes[1].pid).status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+        while psutil.Process(processes[lost].pid).status() not in gone and time.monotonic() < deadline:
             time.sleep(0.05)
-        silent = time.monotonic()
-        assert processes[0].wait(timeout=60) != 0
-        extra = time.monotonic() - silent - 4
+        since = time.monotonic()
+        assert processes[1 - lost].wait(timeout=60) == lifeline.LOST
+        assert time.monotonic() - since < 24
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    assert extra < 20
-    assert distributed.HEARTBEAT_SECONDS + extra < 60
+    *_, said = logs[1 - lost].read_text().splitlines()
+    assert said.startswith(f"error: process {lost} of 2 (")
+    assert f") {how}" in said
+    assert said.endswith("the same command continues from the newest checkpoint.")
+    assert lifeline.SILENT_SECONDS + 20 <= 60
 
 
 CONFIG = """

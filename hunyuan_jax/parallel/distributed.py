@@ -7,6 +7,9 @@
 The first of these that is there counts. Where none is, the run has one process.
 """
 
+import atexit
+import functools
+import logging
 import os
 import re
 import sys
@@ -18,17 +21,21 @@ from types import TracebackType
 from typing import Any
 
 import jax
+from jax._src.distributed import global_state  # the store that processes share at the start has no public name
 
 from hunyuan_jax import errors
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.parallel.lifeline import HELLO_SECONDS, Lifeline
 
 START_SECONDS = 300  # that processes wait for the others at the start: images are pulled and disks mounted meanwhile
-HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as lost and all others end
+HEARTBEAT_SECONDS = 50  # without a sign of life, after which JAX ends all others; `lifeline.py` comes before it
 SHUTDOWN_SECONDS = 30  # that a process which is done waits for the others
 PARTING_SECONDS = 2  # that a process which failed stays: others with the same mistake can say it, before they lose this one
+FAILED = (1, 2)  # exit codes of a process that the others lose; one with another has done what it was asked
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+KEY = "hunyuan_jax/lifeline"
 METADATA = "http://{host}/computeMetadata/v1/instance/attributes/{key}"
 
 
@@ -52,9 +59,32 @@ def initialize() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
+    lifeline = _hold_on()
     # A process that ends as usual waits for the others, which wait for it in the middle of a step.
-    errors.leave = _end_at_once
-    sys.excepthook = _say_and_end
+    errors.leave = functools.partial(_end_at_once, lifeline)
+    sys.excepthook = functools.partial(_say_and_end, lifeline)
+
+
+def _hold_on() -> Lifeline:
+    """The connections over which processes notice the loss of one."""
+    number, count, client = global_state.process_id, global_state.num_processes, global_state.client
+    assert number is not None
+    assert count is not None
+    assert client is not None
+    assert global_state.coordinator_address is not None
+    lifeline = Lifeline(number, count)
+    try:
+        if number == 0:
+            client.key_value_set(KEY, lifeline.listen())
+        else:
+            host = global_state.coordinator_address.rpartition(":")[0].strip("[]")
+            lifeline.connect(host, client.blocking_key_value_get(KEY, int(1000 * HELLO_SECONDS)))
+    except OSError as error:
+        logging.getLogger("absl").warning(
+            "No connection to process 0 beside JAX's own (%s): the loss of a process is noticed after %d s.", error, HEARTBEAT_SECONDS
+        )
+    atexit.register(lifeline.part)
+    return lifeline
 
 
 def find(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
@@ -122,13 +152,16 @@ def _metadata(environment: Mapping[str, str], key: str) -> str:
         return ""
 
 
-def _end_at_once(code: int) -> None:
+def _end_at_once(lifeline: Lifeline, code: int) -> None:
+    if code not in FAILED:
+        lifeline.part()
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(PARTING_SECONDS)
     os._exit(code)
 
 
-def _say_and_end(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+def _say_and_end(lifeline: Lifeline, kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    time.sleep(PARTING_SECONDS)  # a sum fails where another process is lost, and the lifeline says that in fewer words
     sys.__excepthook__(kind, error, where)
-    _end_at_once(1)
+    _end_at_once(lifeline, 1)
