@@ -1,7 +1,7 @@
 """Does to tiny trainings and to their checkpoints what happens to real ones, and compares with what nobody disturbed.
 
-    python -m tests.faults --kills 100    trainings of both tasks, killed by signals at random moments and started again until they end
-    python -m tests.faults --flips 1000   single bits of a checkpoint flipped, its files cut short or deleted, and what is then restored
+    python -m tests.faults --kills 100 --processes 1 2    trainings, killed by signals at random moments and started again until they end
+    python -m tests.faults --flips 1000                   bits of a checkpoint flipped, files cut short or deleted, and what is restored
 
 Exit code 1 where a bit of the parameters, the optimizer, the averages, the position in the data or the logged values differs, or where
 a process ends in a way that was not asked for.
@@ -10,6 +10,7 @@ a process ends in a way that was not asked for.
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -19,153 +20,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
+from absl import logging
 
-from configs import quickstart
-from configs import vae as vae_recipe
-from data_prep.encode import EncodeConfig, encode
 from hunyuan_jax import train as training
 from hunyuan_jax.checkpoint import Checkpoints, Keep
-from hunyuan_jax.data import records
-from hunyuan_jax.data.dataset import open_dataset, write_index, write_shard
 from hunyuan_jax.errors import UserError, run_command
-from hunyuan_jax.metrics import read_metrics
-from hunyuan_jax.models.vae import VAE, VAEConfig
-from hunyuan_jax.settings import build
-from hunyuan_jax.tasks.task import normal_like, sample_keys
-from hunyuan_jax.tasks.vae import VAETask
+from hunyuan_jax.parallel import distributed
+from hunyuan_jax.parallel.lifeline import LOST
 from hunyuan_jax.train_step import TrainState
-from hunyuan_jax.video_io import encode_mp4
+from launch import local
 from tests.commands import ROOT
+from tests.tiny_trainings import STEPS, Left, Linear, tiny_config, write_clips, write_latents
 
-TINY_VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
-BUCKET = {"frames": 5, "height": 16, "width": 16, "batch": 2}
-EVERY = {"log_every": 3, "checkpoint_every": 4, "measure_every": 8, "measure_samples": 2, "preview_every": 0, "watchdog_seconds": 300}
-STEPS = {"t2v": 24, "vae": 24, "linear": 24}
 MINUTES = 10.0  # that one process may take
-
-
-class Linear(VAETask):
-    """The task of the VAE with a linear model in its place, which compiles in a moment. A batch with a sample of `poison` has no loss."""
-
-    poison: tuple[int, ...] = ()
-
-    def init(self, key):
-        encoder, decoder = 0.5 * jax.random.normal(key, (2, 3, 3))
-        return {"fc1": {"kernel": encoder}, "fc2": {"kernel": decoder}}
-
-    def draw(self, params, batch, key):
-        latents = batch.frames @ params["fc1"]["kernel"] + 0.1 * normal_like(sample_keys(key, batch), batch.frames)
-        return latents @ params["fc2"]["kernel"], jnp.mean(jnp.square(latents))
-
-    def reconstruct(self, params, frames, *, tiled=False):
-        return frames @ params["fc1"]["kernel"] @ params["fc2"]["kernel"]
-
-    def loss(self, params, batch, *, key):
-        loss, values = super().loss(params, batch, key=key)
-        bad = jnp.isin(batch.sample_id, jnp.array(self.poison, jnp.uint32)).any() if self.poison else False
-        return jnp.where(bad, jnp.nan, loss), values
-
-
-# --- Tiny trainings ------------------------------------------------------------------------------------------------------------
-
-
-def write_clips(folder: Path) -> None:
-    """Twelve clips of noise."""
-    items = []
-    for n in range(12):
-        frames = np.random.default_rng(n).integers(0, 255, (5, 16, 16, 3), np.uint8)
-        items.append(
-            records.Clip(
-                id=f"clip-{n}", video=encode_mp4(frames, fps=8), fps=8.0, num_frames=5, height=16, width=16, camera="",
-                caption={"short": f"noise {n}"}, source=f"{n}.mp4", start_seconds=0.0, end_seconds=1.0, scores={},
-            )
-        )  # fmt: skip
-    folder.mkdir(parents=True)
-    shard = write_shard(folder / "clips-0.array_record", [records.to_bytes(item) for item in items])
-    rows = [
-        {"id": x.id, "shard": shard["name"], "index": i, "source": x.source, "num_frames": 5, "caption": json.dumps(x.caption)}
-        for i, x in enumerate(items)
-    ]
-    write_index(folder, kind="Clip", rows=rows, shards=[shard], made_from={})
-
-
-def write_latents(folder: Path) -> None:
-    """The latents of the clips beside them, by a random VAE."""
-    section = quickstart.get_config("encode")
-    section.buckets, section.whitening_ridge = (BUCKET,), 0.0
-    params = jax.jit(lambda key: VAE(TINY_VAE).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
-    clips = open_dataset(folder.parent / "clips", kind="Clip")
-    encode(clips, (TINY_VAE, params), folder, config=build(EncodeConfig, section, where="encode"))
-
-
-def tiny_config(task: str, data: Path, **loop: Any) -> ConfigDict:
-    """A training of `task` that compiles in seconds; `loop` changes its section `train`."""
-    if task == "t2v":
-        config = quickstart.get_config("t2v")
-        config.model.update({"width": 32, "num_heads": 2, "num_double_blocks": 1, "num_single_blocks": 1, "rope_axes": (4, 6, 6)})
-        config.model.patch_size = (1, 1, 1)
-        config.video.update({"frames": 5, "height": 16, "width": 16})
-        config.data.update({"path": str(data / "latents"), "buckets": (BUCKET,)})
-    else:
-        config = vae_recipe.get_config("shapes")
-        config.start = ""
-        config.model = ConfigDict(
-            {"block_out_channels": (4,), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 2, "spatial_compression": 1,
-             "temporal_compression": 1}
-        )  # fmt: skip
-        config.critic.model = ConfigDict({"widths": (2, 4), "time_halvings": 1, "power_steps": 1})
-        config.critic.update({"start_step": 6, "lead_steps": 6})
-        config.critic = config.critic if task == "vae" else None
-        config.data.update({"path": str(data / "clips"), "buckets": ({**BUCKET, "frames": 3, "intervals": (1, 2)},)})
-    config.data.held_out = 0.3
-    config.train.update({"steps": STEPS[task], **EVERY, **loop})
-    return config
-
-
-@dataclasses.dataclass(frozen=True)
-class Left:
-    """What a run left: arrays by their paths, its position, and its logged values without times."""
-
-    arrays: dict[str, np.ndarray]
-    position: dict[str, Any]
-    logged: list[dict[str, Any]]
-
-    @classmethod
-    def by(cls, workdir: Path, step: int) -> "Left":
-        folder, arrays = workdir.absolute() / "checkpoints" / str(step), {}
-        with ocp.StandardCheckpointer() as checkpointer:
-            for part in ("params", "ema", "rest"):
-                leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(folder / part))
-                arrays |= {f"{part}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
-        lines = [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(workdir / "metrics.jsonl")]
-        return cls(arrays, json.loads((folder / "data" / "metadata").read_text()), lines)
-
-    def differing_bits(self, other: "Left") -> int:
-        """Bits of all arrays that differ; an array that one of them lacks differs in all its bits."""
-        count = 0
-        for name in self.arrays.keys() | other.arrays.keys():
-            one, two = self.arrays.get(name), other.arrays.get(name)
-            if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
-                count += 8 * max(0 if x is None else x.nbytes for x in (one, two))
-            else:
-                different = np.bitwise_xor(*(np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8) for x in (one, two)))
-                count += int(np.unpackbits(different).sum())
-        return count
-
-    def differing_values(self, other: "Left") -> int:
-        """Logged lines that differ, and 1 more if the positions do."""
-        longest = max(len(self.logged), len(other.logged))
-        rows = [(x.logged + [None] * longest)[:longest] for x in (self, other)]
-        return sum(one != two for one, two in zip(*rows, strict=True)) + (self.position != other.position)
+END_SECONDS = 60.0  # that processes have to end after the kill of one of them
+OF_LOST = {LOST, -signal.SIGABRT}  # the second where JAX's own service was faster
 
 
 # --- Kills ---------------------------------------------------------------------------------------------------------------------
@@ -180,34 +56,115 @@ KINDS: dict[str, tuple[tuple[int, ...], set[int]]] = {
 POINTS = ("by time", "restore", "save", "delete", "step")
 
 
-def start(task: str, data: Path, workdir: Path, compiled: Path, log: Path) -> subprocess.Popen[bytes]:
-    """A training in a process of its own."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    with log.open("ab") as output:
-        command = [sys.executable, "-m", "tests.faults", "--train", task, str(data), str(workdir)]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+class Starter:
+    """Starts processes that train: forks of one that has imported all there is to import and has touched no device."""
+
+    def __init__(self, compiled: Path) -> None:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-m", "tests.faults", "--serve"]
+        self._server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **order: Any) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def close(self) -> None:
+        self._server.communicate(timeout=60)
 
 
-def wait_for(point: str, workdir: Path, process: subprocess.Popen[bytes], *, draw: random.Random, seconds: float) -> None:
-    """Returns at a random moment at that point of the process's life, or when it has ended."""
+def serve() -> dict[str, Any] | None:
+    """Forks and answers with the number of the process, or says with which code one has ended; in a fork returns what it is to train."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "ended" in order:
+            number, status = os.waitpid(order["ended"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if number else None
+        else:
+            answer = os.fork()
+            if not answer:
+                return order
+        print(json.dumps(answer), flush=True)
+    return None
+
+
+def train_as(task: str, data: str, workdir: str, batch: int, environment: dict[str, str], log: str) -> None:
+    """What a fork does: it becomes a process of `hunyuan_jax.train`, whose outputs go to `log`."""
+    os.environ |= environment
+    for output, number in ((os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), (os.open(os.devnull, os.O_RDONLY), 0)):
+        os.dup2(output, number)
+    os.dup2(1, 2)
+    if task == "linear":
+        training.make_task = Linear.from_config
+
+    def main(_: list[str]) -> None:
+        distributed.initialize()
+        training.train(tiny_config(task, Path(data), batch=batch), Path(workdir))
+
+    run_command(main)
+
+
+class Processes:
+    """The processes of one training."""
+
+    def __init__(self, starter: Starter, task: str, count: int, folder: Path, *, data: Path) -> None:
+        self._starter, port = starter, local.free_port()
+        self._codes: list[int | None] = [None] * count
+        told = [local.variables(n, processes=count, port=port) if count > 1 else {} for n in range(count)]
+        what = {"task": task, "data": str(data), "workdir": str(folder / "run"), "batch": max(2, count), "log": str(folder / "log.txt")}
+        self._numbers = [starter.ask(**what, environment=environment) for environment in told]
+
+    def codes(self) -> list[int | None]:
+        """The exit code of each; None while it runs."""
+        for n, number in enumerate(self._numbers):
+            if self._codes[n] is None:
+                self._codes[n] = self._starter.ask(ended=number)
+        return self._codes
+
+    @property
+    def run(self) -> bool:
+        """Whether none has ended."""
+        return all(code is None for code in self.codes())
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """The codes, when all have ended or so much time has passed; what still runs then is killed."""
+        until = time.monotonic() + seconds
+        while None in self.codes() and time.monotonic() < until:
+            time.sleep(0.005)
+        codes = list(self.codes())
+        self.send((signal.SIGKILL,), range(len(codes)))
+        while None in self.codes():
+            time.sleep(0.005)
+        return codes
+
+    def send(self, signals: Sequence[int], to: Iterable[int], *, between: Callable[[], float] = lambda: 0.0) -> None:
+        """Sends signals to those of the processes `to` that run."""
+        for number in signals:
+            for n in to:
+                if self.codes()[n] is None:
+                    os.kill(self._numbers[n], number)
+            time.sleep(between())
+
+
+def wait_for(point: str, workdir: Path, processes: Processes, *, draw: random.Random, seconds: float) -> None:
+    """Returns at a random moment at that point of the processes' life, or when one has ended."""
     if point == "by time":
         until = time.monotonic() + draw.uniform(0, seconds)
-        while process.poll() is None and time.monotonic() < until:
+        while processes.run and time.monotonic() < until:
             time.sleep(0.005)
         return
-    seen, times = _trace(point, workdir), draw.randint(1, 3)
-    while process.poll() is None and times:
+    seen, times = _trace(point, workdir), 1 if point == "restore" else draw.randint(1, 3)
+    while processes.run and times:
         now = _trace(point, workdir)
         times, seen = times - (now != seen and bool(now)), now
-        if point == "restore" and times and now and now != seen:
-            times = 0
         time.sleep(0.001)
-    if process.poll() is None:
+    if processes.run:
         time.sleep(draw.uniform(0, 1.0 if point == "restore" else 0.1))
 
 
@@ -228,93 +185,131 @@ def _trace(point: str, workdir: Path) -> Any:
 
 @dataclasses.dataclass
 class Tally:
-    """What the kills came to."""
+    """What one kind of kill came to in trainings of one task by so many processes."""
 
-    kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    task: str
+    processes: int
+    kind: str
     points: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     codes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    starts: int = 0
     runs: int = 0
     bits: int = 0
     values: int = 0
+    seconds: float = 0.0
     wrong: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        return self.points.total()
 
 
 def disturb(
-    task: str, data: Path, folder: Path, compiled: Path, reference: Left, *, kinds: Sequence[str], draw: random.Random, tally: Tally,
-    seconds: float,
-) -> None:  # fmt: skip
-    """One training of `task` to its end, killed once in each of its processes while `kinds` are left; then compared."""
-    workdir, log, left = folder / "run", folder / "log.txt", collections.deque(kinds)
-    tally.runs += 1
-    while True:
-        process = start(task, data, workdir, compiled, log)
-        tally.starts += 1
-        if left:
-            point = draw.choice(POINTS)
-            wait_for(point, workdir, process, draw=draw, seconds=seconds)
-            if process.poll() is None:
-                kind = left.popleft()
-                signals, codes = KINDS[kind]
-                for number in signals:
-                    process.send_signal(number)
-                    time.sleep(draw.uniform(0.0, 0.05))
-                code = process.wait(timeout=60 * MINUTES)
-                tally.kills[kind] += 1
-                tally.points[f"{kind}, {point}"] += 1
-                tally.codes[f"{kind} -> {code}"] += 1
-                if code not in codes:
-                    tally.wrong.append(f"{task}: {kind} during {point} ended in {code}; see {log}")
-                    return
-                continue
-        code = process.wait(timeout=60 * MINUTES)
-        if code:
-            tally.wrong.append(f"{task}: ended in {code}; see {log}")
-            return
-        break
-    found = Left.by(workdir, STEPS[task])
+    tally: Tally, kills: int, starter: Starter, folder: Path, reference: Left, *, data: Path, draw: random.Random, longest: float
+) -> None:
+    """Trainings to their end, killed `kills` times in all, once in each start while kills are left; each is compared at its end.
+
+    A kill "by time" comes within `longest` seconds of a start, or within what a training took that ended before it.
+    """
+    began = time.monotonic()
+    while (tally.kills < kills or not tally.runs) and not tally.wrong:
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        while True:
+            started, processes = time.monotonic(), Processes(starter, tally.task, tally.processes, folder, data=data)
+            if tally.kills == kills or not kill(tally, processes, folder / "run", draw=draw, longest=longest):
+                codes = processes.wait(60 * MINUTES)
+                longest = min(longest, time.monotonic() - started)
+                if any(codes):
+                    tally.wrong.append(f"ended in {codes}")
+                break
+            if tally.wrong:
+                break
+        if not tally.wrong:
+            compare(tally, folder / "run", reference)
+    tally.wrong = [f"{tally.task}, {tally.processes} processes, {tally.kind}: {said}; see {folder}" for said in tally.wrong]
+    tally.seconds = time.monotonic() - began
+
+
+def kill(tally: Tally, processes: Processes, workdir: Path, *, draw: random.Random, longest: float) -> bool:
+    """Kills one of the processes or all, whose others must then end too; False where they had come to their end before that."""
+    point = draw.choice(POINTS)
+    wait_for(point, workdir, processes, draw=draw, seconds=longest)
+    if not processes.run:
+        return False
+    signals, expected = KINDS[tally.kind]
+    everyone = range(tally.processes)
+    victims = everyone if draw.random() < 0.5 else (draw.choice(everyone),)
+    processes.send(signals, victims, between=lambda: draw.uniform(0.0, 0.05))
+    sent = time.monotonic()
+    codes = processes.wait(60 * MINUTES if tally.processes == 1 else END_SECONDS)
+    tally.points[point] += 1
+    tally.codes.update(f"{code}" if n in victims else f"({code})" for n, code in enumerate(codes))
+    if None in codes:
+        tally.wrong.append(f"{codes.count(None)} processes were still there {time.monotonic() - sent:.0f} s after the kill during {point}")
+    if bad := set(codes) - {None, 0} - expected - (OF_LOST if tally.processes > 1 else set()):
+        tally.wrong.append(f"the kill during {point} ended in {bad}")
+    return True
+
+
+def compare(tally: Tally, workdir: Path, reference: Left) -> None:
+    """Counts what differs from the run that nobody disturbed."""
+    found = Left.by(workdir, STEPS[tally.task])
     bits, values = reference.differing_bits(found), reference.differing_values(found)
-    tally.bits, tally.values = tally.bits + bits, tally.values + values
+    tally.runs, tally.bits, tally.values = tally.runs + 1, tally.bits + bits, tally.values + values
     if bits or values:
-        tally.wrong.append(f"{task}: {bits} bits and {values} logged values differ; see {log}")
+        tally.wrong.append(f"{bits} bits and {values} logged values differ")
     unused = [path.name for path in (workdir / "checkpoints").iterdir() if not path.name.isdigit()]
     if unused:
-        tally.wrong.append(f"{task}: {unused} was left behind")
-    if left and not tally.wrong:  # it ended before it could be killed so often
-        shutil.rmtree(workdir)
-        disturb(task, data, folder, compiled, reference, kinds=list(left), draw=draw, tally=tally, seconds=seconds)
+        tally.wrong.append(f"{unused} was left behind")
 
 
-def kill_and_compare(folder: Path, *, tasks: Sequence[str], kills: int, seed: int, say: Callable[[str], None]) -> Tally:
-    """Kills trainings `kills` times in all and compares each with an uninterrupted one."""
-    draw, tally = random.Random(seed), Tally()
+def kill_and_compare(
+    folder: Path, *, tasks: Sequence[str], kills: int, seed: int, say: Callable[[str], None], processes: Sequence[int] = (1,)
+) -> list[Tally]:
+    """Kills trainings `kills` times in all, each task by each number of processes in each way, and compares with uninterrupted ones."""
+    draw, starter = random.Random(seed), Starter(folder / "compiled")
     write_clips(folder / "data" / "clips")
     if "t2v" in tasks:
         write_latents(folder / "data" / "latents")
-    order = [kind for _ in range(kills // len(KINDS) + 1) for kind in KINDS][:kills]
-    for number, task in enumerate(tasks):
-        whole = folder / f"{task}-uninterrupted"
-        began = time.monotonic()
-        if start(task, folder / "data", whole, folder / "compiled", folder / "log.txt").wait(timeout=60 * MINUTES):
-            raise RuntimeError(f"The uninterrupted run failed; see {folder / 'log.txt'}")
-        seconds, reference = time.monotonic() - began, Left.by(whole, STEPS[task])
-        say(f"{task}: a run of {STEPS[task]} steps takes {seconds:.1f} s, with what it compiles")
-        mine = order[number :: len(tasks)]
-        draw.shuffle(mine)
-        (folder / task).mkdir(exist_ok=True)
-        disturb(task, folder / "data", folder / task, folder / "compiled", reference, kinds=mine, draw=draw, tally=tally, seconds=seconds)
-    return tally
+    tallies = [Tally(task, count, kind) for task in tasks for count in processes for kind in KINDS]
+    share = [kills // len(tallies) + (n < kills % len(tallies)) for n in range(len(tallies))]
+    references: dict[str, tuple[Left, float]] = {}
+    try:
+        for tally, mine in zip(tallies, share, strict=True):
+            if not mine:
+                continue
+            name = f"{tally.task}-{tally.processes}"
+            if name not in references:
+                began, whole = time.monotonic(), folder / name
+                whole.mkdir()
+                codes = Processes(starter, tally.task, tally.processes, whole, data=folder / "data").wait(60 * MINUTES)
+                if any(codes):
+                    raise RuntimeError(f"The uninterrupted run ended in {codes}; see {whole / 'log.txt'}")
+                seconds = time.monotonic() - began
+                references[name] = Left.by(whole / "run", STEPS[tally.task]), seconds / 2
+                say(f"{name}: {STEPS[tally.task]} steps take {seconds:.1f} s, with what is compiled")
+            place = folder / f"{name} {tally.kind}"
+            place.mkdir()
+            reference, longest = references[name]
+            disturb(tally, mine, starter, place, reference, data=folder / "data", draw=draw, longest=longest)
+            say(f"{place.name}: {tally.kills} kills, {tally.bits} differing bits, {tally.seconds / max(1, tally.kills):.1f} s a kill")
+    finally:
+        starter.close()
+    return [tally for tally in tallies if tally.kills]
 
 
-def table_of(tally: Tally) -> str:
-    rows = [f"{'kill':14}" + "".join(f"{point:>10}" for point in POINTS) + f"{'all':>8}   exit codes"]
-    for kind in KINDS:
-        codes = ", ".join(f"{name.split(' -> ')[1]} x {n}" for name, n in sorted(tally.codes.items()) if name.startswith(f"{kind} ->"))
-        counts = [tally.points[f"{kind}, {point}"] for point in POINTS]
-        rows.append(f"{kind:14}" + "".join(f"{n:>10}" for n in counts) + f"{tally.kills[kind]:>8}   {codes}")
-    rows.append(f"{sum(tally.kills.values())} kills, {tally.runs} trainings to their end, {tally.starts} processes")
-    rows.append(f"differing bits {tally.bits}, differing logged values {tally.values}")
-    return "\n".join([*rows, *tally.wrong])
+def table_of(tallies: Sequence[Tally]) -> str:
+    """A row for each way to be killed, in Markdown; exit codes in brackets are those of processes that the signal was not sent to."""
+    head = ["task", "processes", "signal", "kills", *POINTS, "exit codes", "trainings", "differing bits", "differing values", "s a kill"]
+    rows = [head, ["---"] * len(head)]
+    for tally in tallies:
+        codes = ", ".join(f"{code} x {n}" for code, n in sorted(tally.codes.items()))
+        results = [codes, tally.runs, tally.bits, tally.values, f"{tally.seconds / tally.kills:.1f}"]
+        rows.append([tally.task, tally.processes, tally.kind, tally.kills, *(tally.points[point] for point in POINTS), *results])
+    kills, runs, bits, values = (sum(getattr(tally, name) for tally in tallies) for name in ("kills", "runs", "bits", "values"))
+    seconds = sum(tally.seconds for tally in tallies) / max(1, kills)
+    points = (sum(tally.points[point] for tally in tallies) for point in POINTS)
+    rows.append(["all", "", "", kills, *points, "", runs, bits, values, f"{seconds:.1f}"])
+    return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in rows] + [said for tally in tallies for said in tally.wrong])
 
 
 # --- Flips ---------------------------------------------------------------------------------------------------------------------
@@ -406,23 +401,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--flips", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tasks", nargs="+", default=["t2v", "vae"], choices=sorted(STEPS))
+    parser.add_argument("--tasks", nargs="+", default=sorted(STEPS), choices=sorted(STEPS))
+    parser.add_argument("--processes", nargs="+", type=int, default=[1], metavar="N", help="of each training that is killed")
     parser.add_argument("--keep", type=Path, help="folder in which all stays (default: a temporary one)")
-    parser.add_argument("--train", nargs=3, metavar=("TASK", "DATA", "WORKDIR"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.train:
-        task, data, workdir = options.train
-        if task == "linear":
-            training.make_task = Linear.from_config
-        run_command(lambda _: training.train(tiny_config(task, Path(data)), Path(workdir)))
+    logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it reads what it lacks
+    if options.serve:
+        order = serve()
+        if order is not None:
+            train_as(**order)
         return 0
     folder = options.keep or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
     wrong, began = 0, time.monotonic()
     if options.kills:
-        tally = kill_and_compare(folder, tasks=options.tasks, kills=options.kills, seed=options.seed, say=print)
-        print(table_of(tally))
-        wrong += len(tally.wrong)
+        how = {"tasks": options.tasks, "processes": options.processes, "kills": options.kills, "seed": options.seed}
+        tallies = kill_and_compare(folder, **how, say=functools.partial(print, flush=True))
+        print(table_of(tallies), flush=True)
+        wrong += sum(len(tally.wrong) for tally in tallies)
     if options.flips:
         write_small_run(folder / "small")
         outcomes: collections.Counter[str] = collections.Counter()
