@@ -1,6 +1,7 @@
 """Does to tiny trainings and to their checkpoints what happens to real ones, and compares with what nobody disturbed.
 
     python -m tests.faults --kills 100 --processes 1 2    trainings, killed by signals at random moments and started again until they end
+    python -m tests.faults --nans 200 --tasks linear          trainings with values that are not finite in their data
     python -m tests.faults --flips 1000                   bits of a checkpoint flipped, files cut short or deleted, and what is restored
 
 Exit code 1 where a bit of the parameters, the optimizer, the averages, the position in the data or the logged values differs, or where
@@ -9,6 +10,7 @@ a process ends in a way that was not asked for.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,16 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
+from hunyuan_jax import bad_steps
 from hunyuan_jax import train as training
-from hunyuan_jax.checkpoint import Checkpoints, Keep
+from hunyuan_jax.checkpoint import Checkpoints, Keep, load_params
+from hunyuan_jax.data import loader
+from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.parallel import distributed
 from hunyuan_jax.parallel.lifeline import LOST
 from hunyuan_jax.train_step import TrainState
 from launch import local
 from tests.commands import ROOT
-from tests.tiny_trainings import STEPS, Left, Linear, tiny_config, write_clips, write_latents
+from tests.tiny_trainings import STEPS, TASKS, Left, arrays_of, tiny_config, write_data
 
 MINUTES = 10.0  # that one process may take
 END_SECONDS = 60.0  # that processes have to end after the kill of one of them
@@ -100,8 +106,7 @@ def train_as(task: str, data: str, workdir: str, batch: int, environment: dict[s
     for output, number in ((os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), (os.open(os.devnull, os.O_RDONLY), 0)):
         os.dup2(output, number)
     os.dup2(1, 2)
-    if task == "linear":
-        training.make_task = Linear.from_config
+    training.make_task = TASKS[task]
 
     def main(_: list[str]) -> None:
         distributed.initialize()
@@ -267,9 +272,7 @@ def kill_and_compare(
 ) -> list[Tally]:
     """Kills trainings `kills` times in all, each task by each number of processes in each way, and compares with uninterrupted ones."""
     draw, starter = random.Random(seed), Starter(folder / "compiled")
-    write_clips(folder / "data" / "clips")
-    if "t2v" in tasks:
-        write_latents(folder / "data" / "latents")
+    write_data(folder / "data", tasks)
     tallies = [Tally(task, count, kind) for task in tasks for count in processes for kind in KINDS]
     share = [kills // len(tallies) + (n < kills % len(tallies)) for n in range(len(tallies))]
     references: dict[str, tuple[Left, float]] = {}
@@ -401,6 +404,141 @@ def table_of_damage(outcomes: Mapping[tuple[str, str], int]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+# --- Numbers that are not finite -----------------------------------------------------------------------------------------------
+
+LENGTHS = {"linear": (96, 112, 128), "t2v": (40, 48)}  # steps
+LEARNING_RATE = {"linear": 0.2, "t2v": 7e-3}
+NEAR = 0.01  # how far the last loss may lie from that of the run without them, relative
+VALUES = (np.nan, np.inf, -np.inf, 1e30)  # the last has a loss, whose gradient is too large for a number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spoilt:
+    """A training in whose data some steps of the plan have a value that spoils their loss or gradient."""
+
+    task: str
+    steps: int
+    every: int  # steps between checkpoints
+    after: int  # bad steps in a row before it goes back
+    where: frozenset[int]  # steps of the plan
+    value: float
+
+    @classmethod
+    def draw(cls, task: str, steps: int, draw: random.Random) -> "Spoilt":
+        """One to three bursts of one to five steps anywhere."""
+        bursts = [range(start, start + draw.randint(1, 5)) for start in draw.sample(range(steps), draw.randint(1, 3))]
+        where = frozenset(step for burst in bursts for step in burst)
+        return cls(task=task, steps=steps, every=draw.randint(4, 20), after=draw.randint(1, 4), where=where, value=draw.choice(VALUES))
+
+    def config(self, data: Path) -> ConfigDict:
+        """All checkpoints stay. It learns so fast that the last quarter of the steps changes little."""
+        often = {"log_every": 8, "measure_every": 0, "checkpoint_every": self.every, "keep": self.steps}
+        config = tiny_config(self.task, data, **often, steps=self.steps, rollback_after=self.after, rollbacks=20)
+        rate, last = LEARNING_RATE[self.task], 3 * self.steps // 4
+        config.optimizer.update({"learning_rate": rate, "warmup_steps": 4, "decay_steps": last, "final_fraction": 0.01})
+        config.ema.decay = 0.9
+        if self.task == "linear":
+            config.loss.kl_weight = 0.3  # without a price for large latents there is always a little to be gained
+        return config
+
+    def train(self, data: Path, workdir: Path) -> None:
+        """In this process, from its beginning to its end."""
+        read, make_task = loader.ReadStep.__call__, training.make_task
+
+        def spoil(step: loader.ReadStep, number: int) -> VideoBatch:
+            batch = read(step, number)
+            if number + step.schedule.left_out not in self.where:
+                return batch
+            name = "mean" if batch.frames is None else "frames"
+            values = getattr(batch, name).copy()
+            values.flat[number % values.size] = self.value
+            return batch.replace(**{name: values})
+
+        loader.ReadStep.__call__ = spoil
+        training.make_task = TASKS[self.task]
+        try:
+            with (workdir.parent / "log.txt").open("a") as log, contextlib.redirect_stderr(log):
+                training.train(self.config(data), workdir)
+        finally:
+            loader.ReadStep.__call__, training.make_task = read, make_task
+
+
+def judge_of(task: str, data: Path) -> Callable[[Path], float]:
+    """A function that says what the averaged weights of a run are worth: their loss on held-out samples, with the same noise for all."""
+    config = Spoilt.draw(task, 8, random.Random(0)).config(data)
+    setup = training.Setup.from_config(config)
+    model = TASKS[task](config, setup.dataset)
+    batches = loader.held_out_batches(setup.data, setup.dataset, setup.schedule.buckets[0], limit=16)
+    loss = jax.jit(lambda params, batch: model.loss(params, batch, key=jax.random.key(7))[0])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+
+    def judge(workdir: Path) -> float:
+        params, _ = load_params(workdir, shapes)
+        return float(np.mean([loss(params, batch) for batch in batches]))
+
+    return judge
+
+
+@dataclasses.dataclass
+class NanTally:
+    """What came of spoilt trainings of one task."""
+
+    task: str
+    runs: int = 0
+    spoilt: int = 0
+    back: int = 0
+    checkpoints: int = 0
+    not_finite: int = 0
+    far: float = 0.0
+    seconds: float = 0.0
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+
+def spoil_and_compare(folder: Path, *, task: str, runs: int, seed: int, say: Callable[[str], None]) -> NanTally:
+    """Spoilt trainings; of each all checkpoints are read, and the last loss is compared with that of a run that nothing spoilt."""
+    draw, tally, data = random.Random(seed), NanTally(task), folder / "data"
+    write_data(data, [task])
+    judge, clean = judge_of(task, data), {}
+    began, workdir = time.monotonic(), folder / "spoilt"
+    for number in range(runs):
+        one = Spoilt.draw(task, draw.choice(LENGTHS[task]), draw)
+        if one.steps not in clean:
+            plain = dataclasses.replace(one, where=frozenset())
+            plain.train(data, folder / "clean")
+            clean[one.steps] = judge(folder / "clean")
+            shutil.rmtree(folder / "clean")
+            say(f"{task}: with nothing spoilt the loss after {one.steps} steps is {clean[one.steps]:.4f}")
+        one.train(data, workdir)
+        back = workdir / bad_steps.FILE
+        tally.back += len(json.loads(back.read_text())) if back.exists() else 0
+        tally.runs, tally.spoilt = tally.runs + 1, tally.spoilt + len(one.where)
+        for checkpoint in (workdir / "checkpoints").iterdir():
+            tally.checkpoints += 1
+            broken = [name for name, array in arrays_of(checkpoint).items() if not np.all(np.isfinite(array))]
+            if broken:
+                tally.not_finite += 1
+                tally.wrong.append(f"{one}: checkpoint {checkpoint.name} has {broken}")
+        far = abs(judge(workdir) / clean[one.steps] - 1)
+        tally.far = max(tally.far, far)
+        if not far <= NEAR:
+            tally.wrong.append(f"{one}: the last loss lies {100 * far:.1f} % from the clean run's")
+        shutil.rmtree(workdir)
+        if number % 20 == 19:
+            jax.clear_caches()
+            say(f"{task}: {number + 1} runs, {(time.monotonic() - began) / (number + 1):.1f} s each")
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def table_of_nans(tallies: Sequence[NanTally]) -> str:
+    """A row for each task, in Markdown."""
+    head = ["task", "spoilt runs", "spoilt steps", "went back", "checkpoints read", "not finite", "farthest last loss", "s a run"]
+    rows = [head, ["---"] * len(head)]
+    for t in tallies:
+        rows.append([t.task, t.runs, t.spoilt, t.back, t.checkpoints, t.not_finite, f"{100 * t.far:.2f} %", f"{t.seconds / t.runs:.1f}"])
+    return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in rows] + [said for tally in tallies for said in tally.wrong])
+
+
 # --- The command ---------------------------------------------------------------------------------------------------------------
 
 
@@ -408,12 +546,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--flips", type=int, default=0)
+    parser.add_argument("--nans", type=int, default=0, help="spoilt trainings of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=sorted(STEPS), choices=sorted(STEPS))
     parser.add_argument("--processes", nargs="+", type=int, default=[1], metavar="N", help="of each training that is killed")
     parser.add_argument("--keep", type=Path, help="folder in which all stays (default: a temporary one)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)  # Orbax says of each folder that it reads what it lacks
     if options.serve:
         order = serve()
@@ -437,6 +577,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{said}: {outcome}")
                 wrong += 1
         print(table_of_damage(outcomes))
+    if options.nans:
+        if unknown := set(options.tasks) - set(LENGTHS):
+            parser.error(f"--nans knows the tasks {', '.join(LENGTHS)}, not {', '.join(unknown)}")
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        how = {"runs": options.nans, "seed": options.seed, "say": functools.partial(print, flush=True)}
+        spoilt = [spoil_and_compare(folder / "nans" / task, task=task, **how) for task in options.tasks]
+        print(table_of_nans(spoilt))
+        wrong += sum(len(tally.wrong) for tally in spoilt)
     print(f"{time.monotonic() - began:.0f} s")
     if wrong or options.keep:
         print(f"all is in {folder}")

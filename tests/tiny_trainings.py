@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hunyuan_jax.data.dataset import open_dataset, write_index, write_shard
 from hunyuan_jax.metrics import read_metrics
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import build
+from hunyuan_jax.tasks.t2v import T2VTask
 from hunyuan_jax.tasks.task import normal_like, sample_keys
 from hunyuan_jax.tasks.vae import VAETask
 from hunyuan_jax.video_io import encode_mp4
@@ -51,6 +53,9 @@ class Linear(VAETask):
         return jnp.where(bad, jnp.nan, loss), values
 
 
+TASKS = {"linear": Linear.from_config, "vae": VAETask.from_config, "t2v": T2VTask.from_config}
+
+
 # --- Tiny trainings ------------------------------------------------------------------------------------------------------------
 
 
@@ -81,6 +86,13 @@ def write_latents(folder: Path) -> None:
     params = jax.jit(lambda key: VAE(TINY_VAE).init(key, np.zeros((1, 5, 16, 16, 3), np.float32)))(jax.random.key(0))["params"]
     clips = open_dataset(folder.parent / "clips", kind="Clip")
     encode(clips, (TINY_VAE, params), folder, config=build(EncodeConfig, section, where="encode"))
+
+
+def write_data(folder: Path, tasks: Sequence[str]) -> None:
+    """What trainings of `tasks` read."""
+    write_clips(folder / "clips")
+    if "t2v" in tasks:
+        write_latents(folder / "latents")
 
 
 def tiny_config(task: str, data: Path, *, batch: int = 2, **loop: Any) -> ConfigDict:
@@ -118,28 +130,12 @@ class Left:
 
     @classmethod
     def by(cls, workdir: Path, step: int) -> "Left":
-        folder, arrays = workdir.absolute() / "checkpoints" / str(step), {}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            for part in ("params", "ema", "rest"):
-                tree = checkpointer.metadata(folder / part).item_metadata.tree
-                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # by whatever processes it was written
-                found = checkpointer.restore(folder / part, args=ocp.args.PyTreeRestore(restore_args=how))
-                leaves = jax.tree_util.tree_leaves_with_path(found)
-                arrays |= {f"{part}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+        folder = workdir.absolute() / "checkpoints" / str(step)
         lines = [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(workdir / "metrics.jsonl")]
-        return cls(arrays, json.loads((folder / "data" / "metadata").read_text()), lines)
+        return cls(arrays_of(folder), json.loads((folder / "data" / "metadata").read_text()), lines)
 
     def differing_bits(self, other: "Left") -> int:
-        """Bits of all arrays that differ; an array that one of them lacks differs in all its bits."""
-        count = 0
-        for name in self.arrays.keys() | other.arrays.keys():
-            one, two = self.arrays.get(name), other.arrays.get(name)
-            if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
-                count += 8 * max(0 if x is None else x.nbytes for x in (one, two))
-            else:
-                different = np.bitwise_xor(*(np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8) for x in (one, two)))
-                count += int(np.unpackbits(different).sum())
-        return count
+        return differing_bits(self.arrays, other.arrays)
 
     def differing_values(self, other: "Left") -> int:
         """Logged lines that differ, and 1 more if the positions do."""
@@ -151,3 +147,29 @@ class Left:
     def settled_position(self) -> dict[str, Any]:
         """The position with the line of measures that a stop after the last step left owing, which the next start writes."""
         return self.position | {"owed": False, "lines": self.position["lines"] + self.position["owed"]}
+
+
+def differing_bits(these: dict[str, np.ndarray], those: dict[str, np.ndarray]) -> int:
+    """Bits of all arrays that differ; an array that one side lacks differs in all its bits."""
+    count = 0
+    for name in these.keys() | those.keys():
+        one, two = these.get(name), those.get(name)
+        if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
+            count += 8 * max(0 if x is None else x.nbytes for x in (one, two))
+        else:
+            different = np.bitwise_xor(*(np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8) for x in (one, two)))
+            count += int(np.unpackbits(different).sum())
+    return count
+
+
+def arrays_of(checkpoint: Path) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint, by whatever processes it was written."""
+    arrays = {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for part in ("params", "ema", "rest"):
+            tree = checkpointer.metadata(checkpoint.absolute() / part).item_metadata.tree
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            found = checkpointer.restore(checkpoint.absolute() / part, args=ocp.args.PyTreeRestore(restore_args=how))
+            leaves = jax.tree_util.tree_leaves_with_path(found)
+            arrays |= {f"{part}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    return arrays
