@@ -5,6 +5,7 @@ WORKDIR/checkpoints/1200/          params, ema, rest (step, optimizer, critic), 
 WORKDIR/checkpoints/1200.saving/   one that is being written, or that a kill cut short; the next run removes it
 WORKDIR/checkpoints/1200.damaged/  one that was found damaged: nothing reads, counts or deletes it
 WORKDIR/checkpoints/1200.left/     one of a course that was left by a roll back: likewise
+WORKDIR/lock                       who writes here at present; locked, so that nobody else does, until that process ends in whatever way
 
 The manifest (`integrity.py`) is written when all else is on the disk, and then the folder gets its final name, which commits it. What a
 checkpoint holds is verified whenever it is read: the newest sound one is used, with a warning about each newer one that is not.
@@ -12,16 +13,19 @@ Checkpoints of runs from before there were manifests are read with a notice, and
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +43,7 @@ from hunyuan_jax.train_step import CriticState, TrainState
 
 Kept = Literal["ema", "raw"]  # the averaged parameters, or the last ones
 FOLDERS = {"ema": "ema", "raw": "params"}
+LOCK_SECONDS = 100.0  # that a run waits for the one before it to end; after the loss of a host NFS keeps a lock for 90 s
 UNFINISHED = ("saving", "deleting")  # endings of folders that hold nothing whole
 SAID_BYTES = 300  # of what one process tells the others
 
@@ -69,11 +74,15 @@ class Keep:
 
 
 class Checkpoints:
-    """The checkpoints of one run, which is the only one that writes them. `committed` is the newest step that is safe on disk."""
+    """The checkpoints of one run, which is the only one that writes them. `committed` is the newest step that is safe on disk.
+
+    Raises `UserError` where another run is at work there and stays so for LOCK_SECONDS.
+    """
 
     def __init__(self, workdir: Path, *, keep: Keep = Keep()) -> None:
         self._folder, self._keep = (workdir / "checkpoints").absolute(), keep
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(workdir / "lock") if jax.process_index() == 0 else None
         if jax.process_index() == 0:
             _tidy(self._folder)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -212,6 +221,8 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._checkpointer.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def _adopt(self) -> None:
         """Gives manifests to the checkpoints of a run from before there were any."""
@@ -290,6 +301,32 @@ def _verify_together(folder: Path) -> dict[str, Any]:
     if said:
         raise DamagedError(said)
     return manifest
+
+
+def _lock(path: Path) -> IO[str]:
+    """The file, locked until it is closed, by this process or by its end. A file system that knows no locks is no error."""
+    file, deadline = path.open("a+"), time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder, left = file.read().strip() or "another process", deadline - time.monotonic()
+            if left < 0:
+                file.close()
+                raise UserError(
+                    f"{path.parent} belongs to a run that is at work, {holder}. Wait for its end or end it, or give another --workdir."
+                ) from None
+            logging.log_every_n_seconds(logging.WARNING, "%s is in use by %s; this run waits for its end.", 60, path.parent, holder)
+            time.sleep(min(0.2, left + 0.01))
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): nothing keeps a second run out of this folder.", path, error.strerror)
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _wait_for_all(what: str) -> None:

@@ -8,6 +8,7 @@ stopped: `stops.py`; what it does about steps that are not finite: `bad_steps.py
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hunyuan_jax.checkpoint import Checkpoints, Keep, newest_step, write_model
 from hunyuan_jax.data import loader
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
-from hunyuan_jax.data.dataset import Dataset, open_dataset, write_json
+from hunyuan_jax.data.dataset import Dataset, open_dataset, sha256_of, write_json
 from hunyuan_jax.data.schedule import Schedule
 from hunyuan_jax.errors import UserError, nearest, run_command
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
@@ -190,7 +191,9 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
     task.keep_beside(workdir)
     if jax.process_index() == 0:  # a mounted bucket takes a file from one process at a time
         write_json(workdir / "config.json", config.to_dict())
-        write_json(workdir / "environment.json", metrics.environment())
+        data = {"index": sha256_of(setup.dataset.folder / "dataset.json"), "records": len(setup.dataset.rows)}
+        _replace(workdir / "data.json", data, compared=tuple(data), so="from here on other samples are read than would have been")
+        _replace(workdir / "environment.json", metrics.environment(), compared=("python", "packages"), so="the same bits are not promised")
 
     optimizer = make_optimizer(setup.optimizer)
     key = jax.random.key(config.seed)
@@ -373,6 +376,17 @@ def samples_of(schedule: Schedule, dataset: Dataset, step: int) -> dict[str, Any
 
 def _due(done: int, every: int, last: int) -> bool:
     return every > 0 and (done % every == 0 or done == last)
+
+
+def _replace(path: Path, value: dict[str, Any], *, compared: Sequence[str], so: str) -> None:
+    """Writes what a start of the run found. A warning says where it is not what the start before found."""
+    before: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads(path.read_text())
+    changed = [f"{name} was {before[name]} and is {value[name]}" for name in compared if before.get(name, value[name]) != value[name]]
+    if changed:
+        logging.warning("%s: %s; %s.", path.name, "; ".join(changed), so)
+    write_json(path, value)
 
 
 def check_start(task: Task, start: str) -> None:

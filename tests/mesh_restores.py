@@ -1,4 +1,4 @@
-"""A run that goes on upon other devices: `python -m tests.mesh_restores [--pairs 14]`, on 1 to 8 simulated devices and 1 or 2 processes.
+"""A run that goes on upon other devices: `python -m tests.mesh_restores [MESH ...]`, on 1 to 8 simulated devices and 1 or 2 processes.
 
 A small DiT is trained on one mesh and saved, and goes on upon the next: parameters, optimizer and averages must be the same to the bit, the
 loss of the step after within LIMIT of what it would have been where it was saved, and the samples of the steps after the same ones.
@@ -36,11 +36,10 @@ from tests.tiny_trainings import differing_bits, tiny_config, write_data
 
 LIMIT = 1e-6  # of a loss, relative
 BATCH, STEPS, AHEAD = 8, 100, 3
-# Data, fsdp, sequence, tensor. Each mesh reads what the one before it has saved; a second number is of processes.
-PATH: tuple[tuple[tuple[int, ...], int], ...] = (
-    ((1, 1, 1, 1), 1), ((2, 1, 1, 1), 1), ((1, 2, 1, 1), 1), ((1, 1, 2, 1), 1), ((1, 1, 1, 2), 1), ((2, 2, 1, 1), 1), ((1, 1, 2, 2), 1),
-    ((8, 1, 1, 1), 1), ((1, 8, 1, 1), 1), ((2, 2, 2, 1), 1), ((1, 2, 2, 2), 1), ((1, 2, 1, 1), 2), ((1, 1, 1, 1), 1), ((2, 1, 1, 1), 2),
-    ((1, 2, 1, 2), 1),
+# Data x fsdp x sequence x tensor, and after a slash of how many processes. Each reads what the one before it has saved.
+MESHES = (
+    "1x1x1x1", "2x1x1x1", "1x2x1x1", "1x1x2x1", "1x1x1x2", "2x2x1x1", "1x1x2x2", "8x1x1x1", "1x8x1x1", "2x2x2x1", "1x2x2x2",
+    "1x2x1x1/2", "1x1x1x1", "2x1x1x1/2", "1x2x1x2",
 )  # fmt: skip
 
 
@@ -57,13 +56,14 @@ class Found:
         return not self.bits and not self.samples and self.error <= LIMIT
 
 
-def visit(folder: Path, sizes: tuple[int, ...]) -> Found | None:
+def visit(folder: Path, name: str) -> Found | None:
     """Goes on upon a mesh from the checkpoint in `folder`, compares, and saves two steps later; None where there was none.
 
     Beside the checkpoint lies what it must be: all arrays as they were on the devices, the samples of the next steps and the next loss.
     """
+    sizes = tuple(int(size) for size in name.split("x"))
     config = tiny_config("t2v", folder / "data", batch=BATCH)
-    config.model.dtype = "float32"
+    config.model.dtype, config.optimizer.kind = "float32", "adamw"
     dataset = open_dataset(config.data.path, kind="Latent")
     data = build(loader.DataConfig, config.data, where="data")
     buckets = [build(Bucket, bucket, where="data.buckets") for bucket in data.buckets]
@@ -114,10 +114,10 @@ def coming(batches: loader.Loader, *, before: int) -> np.ndarray:
     return np.stack(read)
 
 
-def visit_in_processes(folder: Path, sizes: tuple[int, ...], count: int) -> Found:
+def visit_in_processes(folder: Path, name: str, count: str) -> Found:
     """The same in processes of their own."""
-    member = [sys.executable, "-m", "tests.mesh_restores", "--visit", str(folder), "x".join(map(str, sizes))]
-    command = [sys.executable, "launch/local.py", "--processes", str(count), "--", *member]
+    member = [sys.executable, "-m", "tests.mesh_restores", "--visit", str(folder), name]
+    command = [sys.executable, "launch/local.py", "--processes", count, "--", *member]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     if done.returncode:
         raise SystemExit(f"The processes ended in {done.returncode}: {done.stderr[-3000:]}")
@@ -129,8 +129,7 @@ def visit_in_processes(folder: Path, sizes: tuple[int, ...], count: int) -> Foun
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mesh_restores", description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=len(PATH) - 1, help="how many pairs of meshes")
-    parser.add_argument("--from", dest="first", type=int, default=0, help="the mesh to begin with, from 0")
+    parser.add_argument("meshes", nargs="*", default=MESHES, metavar="MESH", help="such as 2x1x1x1, or 2x1x1x1/2 in two processes")
     parser.add_argument("--visit", nargs=2, metavar=("DIR", "MESH"), help=argparse.SUPPRESS)
     return parser.parse_args(argv[1:])
 
@@ -141,32 +140,27 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     if args.visit:
         distributed.initialize()
-        folder, sizes = args.visit
-        found = visit(Path(folder), tuple(int(size) for size in sizes.split("x")))
+        folder, name = args.visit
+        found = visit(Path(folder), name)
         assert found is not None
         print(json.dumps(dataclasses.asdict(found)), flush=True)
         return
     jax.config.update("jax_num_cpu_devices", 8)
-    path, wrong = PATH[args.first : args.first + args.pairs + 1], 0
+    print("Meshes are data x fsdp x sequence x tensor; /2: in two processes.\n")
     print("| saved on | restored on | differing bits | samples that differ | error of the next loss |\n| --- | --- | --- | --- | --- |")
+    before, wrong = "", 0
     with tempfile.TemporaryDirectory(prefix="restores-") as temporary:
         folder = Path(temporary)
         write_data(folder / "data", ["t2v"])
-        for number, (sizes, count) in enumerate(path):
-            found = visit(folder, sizes) if count == 1 else visit_in_processes(folder, sizes, count)
-            if number:
-                assert found is not None
+        for mesh in args.meshes:
+            name, _, count = mesh.partition("/")
+            found = visit_in_processes(folder, name, count) if count else visit(folder, name)
+            if found is not None:
                 wrong += not found.good
-                print(
-                    f"| {name(*path[number - 1])} | {name(sizes, count)} | {found.bits} | {found.samples} | {found.error:.1e} |", flush=True
-                )
+                print(f"| {before} | {mesh} | {found.bits} | {found.samples} | {found.error:.1e} |", flush=True)
+            before = mesh
     if wrong:
-        raise SystemExit(f"{wrong} of {len(path) - 1} restored runs are not what was saved (a loss may differ by {LIMIT:.0e})")
-
-
-def name(sizes: tuple[int, ...], count: int) -> str:
-    split = " ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1) or "1 device"
-    return split if count == 1 else f"{split}, {count} processes"
+        raise SystemExit(f"{wrong} of {len(args.meshes) - 1} restored runs are not what was saved (a loss may differ by {LIMIT:.0e})")
 
 
 if __name__ == "__main__":

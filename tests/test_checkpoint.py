@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent import futures
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hunyuan_jax import integrity
+from hunyuan_jax import checkpoint, integrity
 from hunyuan_jax.checkpoint import Checkpoints, Keep, load_params, not_finite, param_reader
 from hunyuan_jax.errors import UserError, explain_disk_error
 from tests.commands import ROOT
@@ -64,12 +65,14 @@ def open_run(run):
     opened = []
 
     def open_with(keep: Keep | None = None) -> Checkpoints:
+        if opened:
+            opened[-1].close()
         opened.append(Checkpoints(run, keep=keep or Keep(last=3)))
         return opened[-1]
 
     yield open_with
-    for checkpoints in opened:
-        checkpoints.close()
+    if opened:
+        opened[-1].close()
 
 
 @pytest.fixture
@@ -191,6 +194,44 @@ def test_what_a_kill_left_unfinished_is_removed_and_nothing_else(run, open_run, 
     assert names(run) == {"10", "20", "30", "20.damaged", "20.left", "notes"}
 
 
+HOLDS = """
+import sys, time
+from pathlib import Path
+from hunyuan_jax import checkpoint
+checkpoint.LOCK_SECONDS = float(sys.argv[2])
+held = checkpoint._lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_runs_do_not_work_in_one_folder_and_a_killed_one_keeps_no_other_out(run, monkeypatch, said):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(run / "lock"), "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.3)
+        with pytest.raises(UserError, match=rf"belongs to a run that is at work, process {holder.pid} on .*\. Wait for its end"):
+            Checkpoints(run)
+        assert f"is in use by process {holder.pid} on" in said.text
+        monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 60)
+        threading.Timer(0.5, holder.kill).start()
+        checkpoints = Checkpoints(run)
+        assert checkpoints.newest_sound() == NEWEST
+        checkpoints.close()
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_file_system_without_locks_is_no_error(run, monkeypatch, said):
+    def fail(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", fail)
+    Checkpoints(run).close()
+    assert "cannot be locked (No locks available): nothing keeps a second run out" in said.text
+
+
 def test_a_checkpoint_has_its_final_name_only_with_its_manifest(run, open_run, monkeypatch):
     checkpoints, replace = open_run(), os.replace
 
@@ -265,6 +306,7 @@ def main(argv):
     checkpoints = Checkpoints(Path(argv[1]))
     checkpoints.save(10, small_state(10), data={})
     checkpoints.wait()
+    checkpoints._lock.close()  # `mount` minds a file that is open to be written, and a disk that fails does not
     subprocess.run(["mount", "-o", "remount,ro", argv[1]], check=True)
     print("sound", checkpoints.newest_sound())
     checkpoints.save(20, small_state(20), data={})

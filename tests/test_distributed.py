@@ -339,6 +339,9 @@ def test_a_host_that_is_lost_ends_the_others_within_a_minute_with_a_line_that_na
         since = time.monotonic()
         assert processes[1 - lost].wait(timeout=60) == lifeline.LOST
         assert time.monotonic() - since < 24
+        if what == "stopped":
+            processes[lost].send_signal(signal.SIGCONT)
+            assert processes[lost].wait(timeout=60) in (lifeline.LOST, -signal.SIGABRT)
     finally:
         for process in processes:
             process.kill()
