@@ -242,7 +242,7 @@ def kill(tally: Tally, processes: Processes, workdir: Path, *, draw: random.Rand
         return False
     signals, expected = KINDS[tally.kind]
     everyone = range(tally.processes)
-    victims = everyone if draw.random() < 0.5 else (draw.choice(everyone),)
+    victims = everyone if tally.kills and draw.random() < 0.5 else (draw.choice(everyone),)
     processes.send(signals, victims, between=lambda: draw.uniform(0.0, 0.05))
     sent = time.monotonic()
     codes = processes.wait(60 * MINUTES if tally.processes == 1 else END_SECONDS)
