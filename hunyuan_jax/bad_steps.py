@@ -1,5 +1,8 @@
 """Steps whose loss or gradient is not finite: they change nothing (`train_step.py`), and too many in a row lead back to a checkpoint.
 
+Steps skipped for a spike (`spikes.py`) are none of these, since the parameters that made them are sound and the next step is taken from
+them; in a row of bad steps they are passed over.
+
     WORKDIR/bad_steps.json    each time the run went back: to which step, and of the bad steps: loss, gradient norm, bucket, samples
 
 What steps return is looked at a few steps later, so that the devices never wait. When that is does not matter: all that follows
@@ -32,10 +35,10 @@ class BadStep:
 
 
 class BadSteps:
-    """Counts bad steps in a row. `limit` of them are too many; 0 means never."""
+    """Counts bad steps in a row. `limit` of them are too many; 0 means never. `skipped` is how many there were, spikes not counted."""
 
-    def __init__(self, *, limit: int, skipped: int, in_a_row: tuple[BadStep, ...] = ()) -> None:
-        self._limit, self._skipped = limit, skipped
+    def __init__(self, *, limit: int, skipped: int, spikes: int = 0, in_a_row: tuple[BadStep, ...] = ()) -> None:
+        self._limit, self._skipped, self._spikes = limit, skipped, spikes
         self._unseen: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.in_a_row = list(in_a_row)
 
@@ -45,7 +48,7 @@ class BadSteps:
 
     def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
         """Takes what a step returned, and looks at what one LOOK_AFTER steps before did."""
-        self._unseen.append((step, {name: values[name] for name in ("skipped", "loss", "grad_norm")}))
+        self._unseen.append((step, {name: values[name] for name in ("skipped", "spikes", "loss", "grad_norm") if name in values}))
         self._look(leave=LOOK_AFTER)
 
     def look_at_all(self) -> None:
@@ -56,11 +59,13 @@ class BadSteps:
         while len(self._unseen) > leave and not self.too_many:
             step, on_device = self._unseen.popleft()
             values = {name: float(value) for name, value in jax.device_get(on_device).items()}
-            if values["skipped"] > self._skipped:
+            spikes = int(values.get("spikes", 0))
+            bad = int(values["skipped"]) - spikes
+            if bad > self._skipped:
                 self.in_a_row.append(BadStep(step, values["loss"], values["grad_norm"]))
-            else:
+            elif spikes == self._spikes:
                 self.in_a_row.clear()
-            self._skipped = int(values["skipped"])
+            self._skipped, self._spikes = bad, spikes
 
 
 def write(workdir: Path, steps: list[BadStep], *, back_to: int, time: int, samples: Callable[[int], Mapping[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: the training state and what the loop knows, by Orbax, and what the model is, beside them.
 
 WORKDIR/model.json                 task, model and codec settings: what the parameters mean
-WORKDIR/checkpoints/1200/          params, ema, rest (step, optimizer, critic), data (the loop's position) and manifest.json
+WORKDIR/checkpoints/1200/          params, ema, rest (step, optimizer, critic), data (the loop's position) and manifest.json;
+                                   spikes, where steps are skipped for them: a run that begins to, or no longer does, goes on as well
 WORKDIR/checkpoints/1200.saving/   one that is being written, or that a kill cut short; the next run removes it
 WORKDIR/checkpoints/1200.damaged/  one that was found damaged: nothing reads, counts or deletes it
 WORKDIR/checkpoints/1200.left/     one of a course that was left by a roll back: likewise
@@ -38,12 +39,14 @@ from jax.experimental import multihost_utils
 from hunyuan_jax.data.dataset import write_json
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.integrity import MANIFEST, DamagedError, read_manifest, sync, verify, write_manifest
+from hunyuan_jax.spikes import Spikes, no_spikes
 from hunyuan_jax.tasks.task import Params
 from hunyuan_jax.train_step import CriticState, TrainState
 
 Kept = Literal["ema", "raw"]  # the averaged parameters, or the last ones
 FOLDERS = {"ema": "ema", "raw": "params"}
 LOCK_SECONDS = 100.0  # that a run waits for the one before it to end; after the loss of a host NFS keeps a lock for 90 s
+SPIKES = "spikes"
 UNFINISHED = ("saving", "deleting")  # endings of folders that hold nothing whole
 SAID_BYTES = 300  # of what one process tells the others
 
@@ -133,11 +136,13 @@ class Checkpoints:
                 f"The disk is full: a checkpoint takes {needed / 1e6:.1f} MB, and {self._folder} has room for {free / 1e6:.1f} MB. "
                 "Free some space, then run the same command again; it continues from the newest checkpoint."
             )
+        more = {} if state.spikes is None else {SPIKES: ocp.args.StandardSave(_fields(state.spikes))}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             ema=ocp.args.StandardSave(state.ema),
             rest=ocp.args.StandardSave(_rest_of(state)),
             data=ocp.args.JsonSave(data),
+            **more,
         )
         unfinished = self._folder / f"{step}.saving"
         self._checkpointer.save(unfinished, args=items, force=True)
@@ -181,15 +186,25 @@ class Checkpoints:
             shutil.rmtree(going)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The checkpoint of `step`, in the shapes and shardings of `abstract`, and what was saved as `data`."""
+        """The checkpoint of `step`, in the shapes and shardings of `abstract`, and what was saved as `data`.
+
+        Spikes that it does not have, or has of another window, begin anew.
+        """
+        folder = self._folder / str(step)
+        spikes = abstract.spikes
+        more = {} if spikes is None or not _same_shapes(folder / SPIKES, spikes) else {SPIKES: ocp.args.StandardRestore(_fields(spikes))}
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             ema=ocp.args.StandardRestore(abstract.ema),
             rest=ocp.args.StandardRestore(_rest_of(abstract)),
             data=ocp.args.JsonRestore(),
+            **more,
         )
-        found = self._checkpointer.restore(self._folder / str(step), args=items)
+        found = self._checkpointer.restore(folder, args=items)
         rest = dict(found.rest)
+        if spikes is not None:
+            begin = jax.jit(lambda: no_spikes(len(spikes.norms)), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, spikes))
+            rest["spikes"] = Spikes(**found[SPIKES]) if more else begin()
         critic = CriticState(**rest.pop("critic")) if "critic" in rest else None
         return TrainState(params=found.params, ema=found.ema, critic=critic, **rest), found.data
 
@@ -364,6 +379,19 @@ def _none_sound(folder: Path, wrong: Mapping[int, str]) -> UserError:
     return UserError(
         f"No checkpoint in {folder} is sound: {each}. Restore one of these folders from a copy, or give another --workdir to begin anew."
     )
+
+
+def _fields(spikes: Spikes) -> dict[str, Any]:
+    return {field.name: getattr(spikes, field.name) for field in dataclasses.fields(spikes)}
+
+
+def _same_shapes(folder: Path, spikes: Spikes) -> bool:
+    """Whether spikes were saved in `folder`, of as many norms."""
+    if not folder.exists():
+        return False
+    with ocp.StandardCheckpointer() as checkpointer:
+        there = checkpointer.metadata(folder).item_metadata["norms"].shape
+    return tuple(there) == spikes.norms.shape
 
 
 def _rest_of(state: TrainState) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""How many floating-point operations a DiT takes; chips.py says how many a device can do in a second: the two halves of MFU.
+"""How many floating-point operations a model takes; chips.py says how many a device can do in a second: the two halves of MFU.
 
-Counted are matrix products, a multiplication and an addition being two operations; what else there is (norms, softmax, rope) is a few
-per cent. Of a model with tokens L = image and S = text, M = L + S, and width D:
+Counted are matrix products and convolutions, a multiplication and an addition being two operations; what else there is (norms, softmax,
+rope) is a few per cent. `product_flops` counts them in the trace of any function; of a DiT there is a closed form. Of a model with tokens
+L = image and S = text, M = L + S, and width D:
 
     linear layers     2 x inputs x outputs for each token, or for each sample where a layer sees the condition vector alone
     attention         4 M^2 D in each block: scores, and their sums of values
@@ -12,6 +13,11 @@ that are computed again, scores again for their gradients (five products for fou
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
 
 from hunyuan_jax.models.dit import REFINER_MLP_RATIO, DiTConfig
 from hunyuan_jax.models.layers import SINUSOID_FEATURES
@@ -59,6 +65,32 @@ def dit_step_flops(config: DiTConfig, num_img: int, num_txt: int, *, filled: flo
     attention_passes = 1.0 + 2.5 + (1.0 if c.remat == "full" else 0.0)
     hardware_attention = filled * attention_passes * attention
     return StepFlops(3.0 * forward, (3.0 + again) * (forward - attention) + hardware_attention, hardware_attention)
+
+
+def product_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """FLOPs of a function's products and convolutions, those of a loop as often as it repeats them; of arguments the shapes suffice.
+
+    It is traced, not compiled. Of a loop that ends when it will, and of a branch, what stands there counts once.
+    """
+    return _products(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _products(jaxpr: core.Jaxpr) -> int:
+    total = 0
+    shape_of: Callable[[Any], tuple[int, ...]] = lambda variable: variable.aval.shape  # noqa: E731
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = shape_of(equation.invars[0])
+            total += 2 * math.prod(shape_of(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            outputs, *_ = equation.params["dimension_numbers"].rhs_spec
+            kernel = shape_of(equation.invars[1])
+            total += 2 * math.prod(shape_of(equation.outvars[0])) * math.prod(kernel) // kernel[outputs]
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr))
+        programs = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in inner]
+        total += equation.params.get("length", 1) * sum(_products(p) for p in programs if isinstance(p, core.Jaxpr))
+    return total
 
 
 def _layer(width: int, hidden: int) -> int:

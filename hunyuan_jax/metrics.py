@@ -5,22 +5,26 @@
     metrics.jsonl         one JSON object a line: step, seconds since the epoch, and the scalars
     events.out.tfevents*  the same scalars for TensorBoard, with sample videos as animated pictures, texts and hyperparameters
 
-A run that resumes at step S continues both as if what was written after S had never been.
+A run that resumes at step S continues both as if what was written after S had never been. Its scalars are the bits that an uninterrupted
+run would have written, but for what the machine says: names under `time/` and `memory/`.
 """
 
+import collections
 import io
 import json
 import math
 import os
 import platform
+import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 import numpy as np
+import psutil
 from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
@@ -28,6 +32,10 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from hunyuan_jax.chips import peak_flops
+from hunyuan_jax.data.buckets import Bucket
+
+MACHINE = ("time/", "memory/")  # beginnings of names whose values no two runs have alike
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "clu", "ml-collections", "numpy", "av", "apache-beam")
 
 
@@ -140,22 +148,105 @@ def _gif_image(clips: np.ndarray, *, fps: float) -> summary_pb2.Summary.Image:
     return summary_pb2.Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=file.getvalue())
 
 
+def last_written(workdir: Path) -> float:
+    """When the metrics in `workdir` were last written, in seconds since the epoch; 0 where there are none."""
+    path = workdir / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
+    return float(lines[-1].get("seconds") or 0.0) if lines else 0.0
+
+
+def repeatable(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What any run of the same course writes into this line: all but what the machine says."""
+    return {name: value for name, value in line.items() if name != "seconds" and not name.startswith(MACHINE)}
+
+
+class MetricLog:
+    """Averages of what steps return, overall and by bucket; values stay on the device until they are taken.
+
+    A value is a number, or, of a stack of layers, an array of one for each.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], untaken: Sequence[tuple[int, dict[str, Any]]] = ()) -> None:
+        self._buckets = buckets
+        self._values: list[tuple[int, dict[str, Any]]] = list(untaken)
+
+    def add(self, bucket: int, values: dict[str, jax.Array]) -> None:
+        self._values.append((bucket, values))
+
+    def untaken(self) -> tuple[tuple[int, dict[str, Any]], ...]:
+        """What the next `take` will average: with it another log continues this one."""
+        rows = jax.device_get(self._values)
+        return tuple((bucket, {name: np.asarray(value).tolist() for name, value in values.items()}) for bucket, values in rows)
+
+    def take(self) -> dict[str, float]:
+        """The averages since the last call. Of batches, what is under `data/`, there are those of each bucket alone."""
+        rows = self.untaken()
+        self._values = []
+        everything = [values for _, values in rows]
+        out = _averages([{name: value for name, value in row.items() if not name.startswith("data/")} for row in everything])
+        for count in out.keys() & {"skipped", "spikes"}:
+            out[count] = everything[-1][count]
+        samples = sum(self._buckets[bucket].batch for bucket, _ in rows)
+        for bucket in sorted({bucket for bucket, _ in rows}):
+            name, batch = self._buckets[bucket].name, self._buckets[bucket].batch
+            mine = [values for of, values in rows if of == bucket]
+            own = _averages([{key: value for key, value in row.items() if key == "loss" or key.startswith("data/")} for row in mine])
+            out |= {f"{key}/{name}": value for key, value in own.items()} | {f"data/share/{name}": len(mine) * batch / samples}
+        return out
+
+
+def _averages(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means by name, over the rows that have it; those of an array's elements by their numbers, such as `param_norm/double_blocks/03`."""
+    out: dict[str, float] = {}
+    for key in {key: None for row in rows for key in row}:
+        mean = np.mean([row[key] for row in rows if key in row], axis=0)
+        out |= {key: float(mean)} if mean.ndim == 0 else {f"{key}/{n:02}": float(value) for n, value in enumerate(mean)}
+    return out
+
+
 class Throughput:
-    """Samples per second between two readings; `clock` gives seconds."""
+    """What a run goes through in a second, between two readings: samples, and whatever else is counted; `clock` gives seconds.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._since, self._samples = clock(), 0
+    With a `peak`, the FLOPs that all devices could do in a second, the share that `model_flops` are of it is `time/mfu`.
+    """
 
-    def add(self, samples: int) -> None:
-        self._samples += samples
+    def __init__(self, *, peak: float | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._peak = clock, peak
+        self._since = clock()
+        self._counts: collections.Counter[str] = collections.Counter()
 
-    def rate(self) -> float:
-        """Samples per second since the last call, or since the start; a new interval begins here."""
+    def add(self, **counts: float) -> None:
+        self._counts.update(counts)  # type: ignore[arg-type]
+
+    def take(self) -> dict[str, float]:
+        """Rates since the last call, or since the start, as `time/NAME_per_second`; a new interval begins here."""
         now = self._clock()
-        rate = self._samples / max(now - self._since, 1e-9)
-        self._since, self._samples = now, 0
-        return rate
+        rates = {name: count / max(now - self._since, 1e-9) for name, count in self._counts.items()}
+        self._since = now
+        self._counts.clear()
+        flops = rates.pop("model_flops", None)
+        out = {f"time/{name}_per_second": rate for name, rate in rates.items()}
+        if flops is not None:
+            out["time/model_tflops_per_second"] = flops / 1e12
+            if self._peak is not None:
+                out["time/mfu"] = flops / self._peak
+        return out
+
+
+def peak_of(devices: Sequence[jax.Device]) -> float | None:
+    """FLOPs that all these devices can do in a second; None where that is not known, as of CPUs."""
+    peak = peak_flops(devices[0].device_kind)
+    return None if peak is None else peak * len(devices)
+
+
+def memory() -> dict[str, float]:
+    """GiB of this process: in use and at the most, on the fullest of its devices, where they say so, and on the host."""
+    kept = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+    names = {"bytes_in_use": "memory/device_gib", "peak_bytes_in_use": "memory/device_peak_gib"}
+    out = {ours: max(stats[name] for stats in kept) / 2**30 for name, ours in names.items() if kept and all(name in s for s in kept)}
+    unit = 1 if platform.system() == "Darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return out | {"memory/host_gib": psutil.Process().memory_info().rss / 2**30, "memory/host_peak_gib": peak / 2**30}
 
 
 def format_line(step: int, scalars: Mapping[str, Any]) -> str:
@@ -164,8 +255,10 @@ def format_line(step: int, scalars: Mapping[str, Any]) -> str:
 
 
 def _format_scalar(name: str, value: float) -> str:
-    if name == "samples_per_second":
+    if name == "time/samples_per_second":
         return f"{value:.4g} samples/s"
+    if name == "time/mfu":
+        return f"MFU {100 * value:.0f} %"
     if name.endswith("_db"):
         return f"{name.removesuffix('_db')} {value:.2f} dB"
     return f"{name} {value:.4g}"

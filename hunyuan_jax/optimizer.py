@@ -25,8 +25,8 @@ ADAFACTOR_CLIP, ADAFACTOR_LEAST = 1.0, 1e-3  # root mean squares: the most of an
 # Ranges of OptimizerConfig's numbers: what is expected, whether a number is that, which numbers.
 _RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0", lambda x: x > 0, ("learning_rate", "eps", "adam_rate", "clip_norm")),
-    ("at least 0", lambda x: x >= 0, ("warmup_steps", "decay_steps", "final_fraction", "weight_decay")),
-    ("a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, ("newton_schulz_steps", "accumulate")),
+    ("at least 0", lambda x: x >= 0, ("warmup_steps", "decay_steps", "final_fraction", "weight_decay", "skip_above")),
+    ("a whole number of at least 1", lambda x: x >= 1 and x % 1 == 0, ("newton_schulz_steps", "accumulate", "skip_window")),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("b1", "b2", "momentum")),
 )
 
@@ -75,7 +75,8 @@ class OptimizerConfig:
     `individual_token_refiner/`                    the blocks that refine text tokens
     `^final_layer/`                                the last layer
 
-    A step's gradient is the mean of those of `accumulate` parts of its batch, taken one after another.
+    A step's gradient is the mean of those of `accumulate` parts of its batch, taken one after another. Where its norm lies more than
+    `skip_above` (0: never) times their median distance above the median of the last `skip_window` norms, the step changes nothing.
     """
 
     kind: Kind = "adamw"
@@ -96,6 +97,8 @@ class OptimizerConfig:
     groups: tuple[Group, ...] = ()
     clip_norm: float = 1.0
     accumulate: int = 1
+    skip_above: float = 0.0
+    skip_window: int = 100
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "not_muon", tuple(self.not_muon))
@@ -110,6 +113,11 @@ class OptimizerConfig:
                     raise UserError(f"optimizer: {name} must be {expected}, not {getattr(self, name)}.")
         if self.decay_steps and self.decay_steps <= self.warmup_steps:
             raise UserError(f"optimizer: decay_steps={self.decay_steps} must be above warmup_steps={self.warmup_steps}, or 0 for no decay.")
+
+    @property
+    def spike_window(self) -> int:
+        """How many norms the training state keeps: none where no step is skipped for its own."""
+        return self.skip_window if self.skip_above else 0
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:

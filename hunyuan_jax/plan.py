@@ -42,9 +42,9 @@ from hunyuan_jax.parallel.compiler_options import step_options
 from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding, rule_for
 from hunyuan_jax.settings import build, parse_flags
+from hunyuan_jax.state import abstract_state
 from hunyuan_jax.tasks import planned_task
 from hunyuan_jax.tasks.task import Task
-from hunyuan_jax.train import abstract_state
 from hunyuan_jax.train_step import EmaConfig, TrainState, init_critic_state, init_state, make_step
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")

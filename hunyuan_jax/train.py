@@ -2,27 +2,24 @@
 
 The recipe in time order: setup (configuration, mesh, data, task), state or checkpoint, loop. Run again with the same arguments it continues
 from the newest sound checkpoint, with the same samples and the same noise as if it had never stopped; a finished run says so. How it is
-stopped: `stops.py`; what it does about steps that are not finite: `bad_steps.py`; what it keeps: `checkpoint.py`.
+stopped: `stops.py`; what it does about steps that are not finite: `bad_steps.py`; what it keeps: `checkpoint.py`; what is watched
+meanwhile: `metrics.py`, `block_norms.py`, `goodput.py`, `held_out.py`, `profiling.py`.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
 from clu import parameter_overview
-from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from hunyuan_jax import bad_steps, convert, errors, metrics, stops
+from hunyuan_jax import bad_steps, errors, metrics, stops
 from hunyuan_jax.bad_steps import BadStep, BadSteps
 from hunyuan_jax.checkpoint import Checkpoints, Keep, newest_step, write_model
 from hunyuan_jax.data import loader
@@ -30,17 +27,20 @@ from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.dataset import Dataset, open_dataset, sha256_of, write_json
 from hunyuan_jax.data.schedule import Schedule
-from hunyuan_jax.errors import UserError, nearest, run_command
+from hunyuan_jax.errors import UserError, run_command
+from hunyuan_jax.goodput import Ledger
+from hunyuan_jax.held_out import HeldOut
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from hunyuan_jax.parallel import distributed
 from hunyuan_jax.parallel.compiler_options import step_options
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
-from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings, path_of, replicated
+from hunyuan_jax.parallel.sharding import batch_sharding
+from hunyuan_jax.profiling import Profiler
 from hunyuan_jax.settings import build, parse_flags
+from hunyuan_jax.state import abstract_state, make_state
 from hunyuan_jax.tasks import make_task
 from hunyuan_jax.tasks.task import Task
-from hunyuan_jax.train_step import CriticState, EmaConfig, TrainState, check_accumulation, init_critic_state, init_state, make_step
-from hunyuan_jax.video_io import write_video
+from hunyuan_jax.train_step import EmaConfig, TrainState, check_accumulation, make_step
 from hunyuan_jax.weights import LICENCE, LICENCE_KEY, differences, open_weights
 
 
@@ -52,6 +52,8 @@ class LoopConfig:
     as "held_out/flow_loss/13x64x64"; `keep_best_most` says that more of it is better. After SIGTERM a run has `grace_seconds` to save, and
     one that does not move for `watchdog_seconds` is ended. After `rollback_after` bad steps in a row it goes back to a checkpoint, and
     on with the data after them, up to `rollbacks` times. `tuned_compiler` compiles with all options of parallel/compiler_options.py.
+    `block_norms` logs the norms of gradients and parameters block by block. The steps `profile_steps`, first and last, are profiled,
+    and `profile_signal_steps` of them after SIGUSR1 (`profiling.py`).
     """
 
     steps: int
@@ -71,12 +73,20 @@ class LoopConfig:
     rollback_after: int = 10
     rollbacks: int = 3
     tuned_compiler: bool = False
+    block_norms: bool = True
+    profile_steps: tuple[int, int] = (0, 0)
+    profile_signal_steps: int = 5
 
     def __post_init__(self) -> None:
         if min(self.steps, self.checkpoint_every, self.log_every, self.keep) < 1:
             raise UserError("train: steps, log_every, checkpoint_every and keep must be at least 1.")
         if min(self.keep_every, self.grace_seconds, self.watchdog_seconds, self.rollback_after, self.rollbacks) < 0:
             raise UserError("train: keep_every, grace_seconds, watchdog_seconds, rollback_after and rollbacks must be at least 0.")
+        if len(self.profile_steps) != 2 or not 0 <= self.profile_steps[0] <= self.profile_steps[1] or self.profile_signal_steps < 1:
+            raise UserError(
+                f"train: profile_steps are the first and the last step of a profile, (0, 0) for none, not {self.profile_steps}, and "
+                f"profile_signal_steps must be at least 1, not {self.profile_signal_steps}."
+            )
         if self.keep_best and (self.measure_every < 1 or self.checkpoint_every % self.measure_every):
             raise UserError("train: with keep_best every checkpoint needs measures; set checkpoint_every to a multiple of measure_every.")
 
@@ -118,6 +128,14 @@ class Setup:
         check_accumulation(optimizer.accumulate, task=task, buckets=buckets, mesh=mesh)
         return cls(loop, optimizer, ema, data, mesh, dataset, schedule, task)
 
+    def held_out(self, workdir: Path, *, key: jax.Array) -> HeldOut:
+        loop = self.loop
+        return HeldOut(
+            self.task, self.data, self.dataset, self.schedule.buckets,
+            measured=loop.measure_samples if loop.measure_every else 0, shown=loop.preview_samples if loop.preview_every else 0,
+            fps=loop.preview_fps, key=key, folder=workdir / "previews",
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Position:
@@ -125,7 +143,7 @@ class Position:
 
     `data` is the loader's position, None at the start; `left_out` how many steps of the data plan were passed over by going back, which
     was done `rollbacks` times; `unlogged` what the next line of the log averages; `lines` how many lines the metrics have; `owed` says
-    that a stop came before what is due after this step was measured.
+    that a stop came before what is due after this step was measured; `ledger` where the time went so far (`goodput.py`).
     """
 
     seed: int
@@ -133,9 +151,10 @@ class Position:
     left_out: int = 0
     rollbacks: int = 0
     in_a_row: tuple[BadStep, ...] = ()
-    unlogged: tuple[tuple[int, dict[str, float]], ...] = ()
+    unlogged: tuple[tuple[int, dict[str, Any]], ...] = ()
     lines: int | None = None
     owed: bool = False
+    ledger: dict[str, Any] | None = None
 
     @classmethod
     def from_json(cls, said: dict[str, Any], *, seed: int) -> "Position":
@@ -159,11 +178,21 @@ class Run:
     make_state: Callable[[], TrainState]
     abstract: TrainState
     step_fn: Callable[[TrainState, VideoBatch], tuple[TrainState, dict[str, jax.Array]]]
-    held_out: "HeldOut"
+    held_out: HeldOut
     checkpoints: Checkpoints
     stop: stops.Stop
     agreement: stops.Agreement
     watchdog: stops.Watchdog
+    profiler: Profiler
+    ledger: Ledger
+    work: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # of a step, by the buckets whose steps are compiled
+
+    @contextlib.contextmanager
+    def at(self, phase: str, what: str, **how: Callable[[], bool]) -> Iterator[None]:
+        """The time of what is done in this context belongs to a phase of the ledger, and the watchdog knows what it is."""
+        self.watchdog.doing(what)
+        with self.ledger.spending(phase, **how):
+            yield
 
     def state_at(self, step: int | None) -> tuple[TrainState, Position]:
         """The checkpoint of `step`, or the beginning."""
@@ -181,6 +210,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
     with it; after SIGINT likewise, by `KeyboardInterrupt`.
     Raises `UserError` for what a user can mend: a config, the disk, damaged checkpoints, numbers that do not stay finite.
     """
+    ledger, last_sign = Ledger(), metrics.last_written(workdir)
     setup = Setup.from_config(config)
     loop, task, mesh = setup.loop, setup.task, setup.mesh
     if config.start and newest_step(workdir) is None:
@@ -197,32 +227,42 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
 
     optimizer = make_optimizer(setup.optimizer)
     key = jax.random.key(config.seed)
-    step = make_step(task, optimizer, ema=setup.ema, key=key, accumulate=setup.optimizer.accumulate)
+    settings = setup.optimizer
+    how = {"accumulate": settings.accumulate, "skip_above": settings.skip_above, "block_norms": loop.block_norms}
+    step = make_step(task, optimizer, ema=setup.ema, key=key, **how)  # type: ignore[arg-type]
     with (
         stops.Stop(grace_seconds=loop.grace_seconds, code=stopped_code) as stop,
         stops.Watchdog(workdir, seconds=loop.watchdog_seconds) as watchdog,
+        Profiler(workdir, steps=loop.profile_steps, signal_steps=loop.profile_signal_steps) as profiler,
         jax.set_mesh(mesh),
         contextlib.closing(Checkpoints(workdir, keep=loop.kept)) as checkpoints,
     ):
         stop.saved = lambda: checkpoints.committed
         agreement = stops.Agreement(stop, mesh)
-        abstract = abstract_state(task, optimizer, mesh)
+        abstract = abstract_state(task, optimizer, mesh, spike_window=settings.spike_window)
         options = step_options(mesh.devices.flat[0].device_kind, tuned=loop.tuned_compiler)
         run = Run(
             setup=setup,
             workdir=workdir,
-            make_state=lambda: make_state(task, optimizer, key=key, mesh=mesh, start=config.start),
+            make_state=functools.partial(
+                make_state, task, optimizer, key=key, mesh=mesh, start=config.start, spike_window=settings.spike_window
+            ),
             abstract=abstract,
             step_fn=agreement.jit(step, state=abstract, options=options),
-            held_out=HeldOut(setup, key=key, workdir=workdir),
+            held_out=setup.held_out(workdir, key=key),
             checkpoints=checkpoints,
             stop=stop,
             agreement=agreement,
             watchdog=watchdog,
+            profiler=profiler,
+            ledger=ledger,
         )
         if loop.keep_best:
             run.held_out.check(loop.keep_best, run.abstract)
-        state, position = run.state_at(checkpoints.newest_sound())
+        with ledger.spending("restoring"):
+            state, position = run.state_at(checkpoints.newest_sound())
+        if position.ledger is not None:
+            ledger.resume(position.ledger, last_sign=last_sign)
         if int(state.step) >= loop.steps and not position.owed and not position.in_a_row:
             logging.info("%s: all %d steps are done", workdir, loop.steps)
             return
@@ -245,92 +285,156 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
 
 def take_steps(run: Run, state: TrainState, position: Position, *, config: ConfigDict) -> list[BadStep]:
     """Takes steps until all are done or the run is to stop, and saves them; returns early the bad steps it has to go back for."""
-    setup, loop, checkpoints, stop, watchdog = run.setup, run.setup.loop, run.checkpoints, run.stop, run.watchdog
+    loop, stop = run.setup.loop, run.stop
     start = stop.done = int(state.step)
-    schedule = dataclasses.replace(setup.schedule, left_out=position.left_out)
-    batches = loader.Loader(
-        setup.data, schedule, setup.dataset, sharding=batch_sharding(setup.mesh), steps=loop.steps, encode=setup.task.encode_prompts
-    )
-    if position.data is not None:
-        batches.restore(position.data)
-    learning_rate, throughput = make_schedule(setup.optimizer), metrics.Throughput()
-    log = MetricLog([bucket.name for bucket in schedule.buckets], position.unlogged)
-    bad = BadSteps(limit=loop.rollback_after, skipped=int(state.skipped), in_a_row=position.in_a_row)
-    if bad.too_many:
-        return bad.in_a_row
-    with (
-        contextlib.closing(metrics.MetricWriter(run.workdir, start_step=start, lines=position.lines)) as writer,
-        metrics.progress(loop.steps, start) as bar,
-    ):
-        writer.write_texts(start, {"config": f"```\n{config}\n```"})
-        if position.owed and look(run, state, start, writer=writer, bar=bar) is None:
+    with run.ledger.spending("productive"), Course(run, state, position) as course:
+        if course.bad.too_many:
+            return course.bad.in_a_row
+        if not course.opened(state, config):
             return []  # stopped once more, with nothing new to save
-        if start == 0 and config.start and loop.measure_every:
-            writer.write_scalars(0, run.held_out.measure(state) or {})  # what the weights that were given are worth
-
         for number in range(start, loop.steps):
-            watchdog.doing(f"the reading of the batch of step {number + 1}")
-            batch = read_batch(batches, schedule, setup.dataset, number)
-            watchdog.doing(f"step {number + 1}")
-            state, values = run.step_fn(state, batch)
-            log.add(schedule.step(number).bucket, values)
-            throughput.add(len(batch.sample_id))
+            state = course.step(state, number)
             done = stop.done = number + 1
-            bar.update()
-            bad.add(done, values)
-            if bad.too_many:
-                return bad.in_a_row
+            if course.bad.too_many:
+                return course.bad.in_a_row
             if done % loop.log_every == 0 or done == loop.steps:
-                checkpoints.check()
-                scalars = log.take() | {"learning_rate": float(learning_rate(number)), "samples_per_second": throughput.rate()}
-                writer.write_scalars(done, scalars)
-                bar.set_postfix_str(metrics.format_line(done, {k: scalars[k] for k in ("loss", "samples_per_second")}), refresh=False)
+                course.write_line(done)
             stopping = run.agreement.reached()
-            measured = None if stopping else look(run, state, done, writer=writer, bar=bar)
+            measured = None if stopping else course.look(state, done)
             stopping = stopping or measured is None
             if stopping:
                 stop.heed()
             if stopping or _due(done, loop.checkpoint_every, loop.steps):
-                watchdog.doing(f"the saving of step {done}")
-                bad.look_at_all()
-                if bad.too_many and not stopping:
-                    return bad.in_a_row
-                writer.flush()
-                position = dataclasses.replace(
-                    position,
-                    data=batches.state(),
-                    in_a_row=tuple(bad.in_a_row),
-                    unlogged=log.untaken(),
-                    lines=writer.lines,
-                    owed=measured is None,
-                )
-                planned = _due(done, loop.checkpoint_every, loop.steps) and not bad.in_a_row
-                checkpoints.save(done, state, data=dataclasses.asdict(position), planned=planned, metrics=measured)
+                course.bad.look_at_all()
+                if course.bad.too_many and not stopping:
+                    return course.bad.in_a_row
+                course.save(state, done, measured)
             if stopping:
                 break
-        watchdog.doing("the saving of the last step")
-        checkpoints.wait()
+        with run.at("saving", "the saving of the last step"):
+            run.checkpoints.wait()
     return []
 
 
-def look(run: Run, state: TrainState, done: int, *, writer: metrics.MetricWriter, bar: Any) -> dict[str, float] | None:
-    """Measures and shows what is due after step `done`; gives the measures, and None where a stop cut it short with nothing written."""
-    loop, videos = run.setup.loop, {}
-    measured: dict[str, float] | None = {}
-    if _due(done, loop.measure_every, loop.steps):
-        run.watchdog.doing(f"measuring after step {done}")
-        measured = run.held_out.measure(state, stop=run.stop)
-    if _due(done, loop.preview_every, loop.steps) and measured is not None and not run.stop.cuts_short:
-        run.watchdog.doing(f"the preview after step {done}")
-        videos = run.held_out.preview(state, done)
-    elif _due(done, loop.preview_every, loop.steps):
-        measured = None
-    if measured:
-        writer.write_scalars(done, measured)
-        bar.write(metrics.format_line(done, measured))
-    if videos:
-        writer.write_videos(done, videos, fps=loop.preview_fps)
-    return measured
+class Course:
+    """The steps from one restored state on: what they read, and what is known of them until it is written. A context manager."""
+
+    def __init__(self, run: Run, state: TrainState, position: Position) -> None:
+        setup, self._run, self._position, self._start = run.setup, run, position, int(state.step)
+        self._schedule = dataclasses.replace(setup.schedule, left_out=position.left_out)
+        self._batches = loader.Loader(
+            setup.data, self._schedule, setup.dataset,
+            sharding=batch_sharding(setup.mesh), steps=setup.loop.steps, encode=setup.task.encode_prompts,
+        )  # fmt: skip
+        if position.data is not None:
+            self._batches.restore(position.data)
+        self._learning_rate = make_schedule(setup.optimizer)
+        self._throughput = metrics.Throughput(peak=metrics.peak_of(list(setup.mesh.devices.flat)))
+        self._log = metrics.MetricLog(self._schedule.buckets, position.unlogged)
+        self._last: jax.Array | None = None  # of the last step, to see whether the devices are still at work
+        self._logged = (self._start, float(state.skipped))  # the step of the last line, and how many were skipped until then
+        spikes = int(state.spikes.skipped) if state.spikes is not None else 0
+        self.bad = BadSteps(limit=setup.loop.rollback_after, skipped=int(state.skipped) - spikes, spikes=spikes, in_a_row=position.in_a_row)
+
+    def __enter__(self) -> "Course":
+        self._writer = metrics.MetricWriter(self._run.workdir, start_step=self._start, lines=self._position.lines)
+        self._bar = metrics.progress(self._run.setup.loop.steps, self._start)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._writer.close()
+
+    def opened(self, state: TrainState, config: ConfigDict) -> bool:
+        """Writes what is due before the next step; False where a stop kept it from that."""
+        loop, held_out = self._run.setup.loop, self._run.held_out
+        self._writer.write_texts(self._start, {"config": f"```\n{config}\n```"})
+        if self._position.owed and self.look(state, self._start) is None:
+            return False
+        if self._start == 0 and config.start and loop.measure_every:
+            with self._run.at("measuring", "measuring before the first step"):
+                self._writer.write_scalars(0, held_out.measure(state) or {})  # what the weights that were given are worth
+        if self._start == 0 and loop.preview_every:
+            with self._run.at("measuring", "the preview before the first step"):
+                self._writer.write_videos(0, held_out.preview(state, 0), fps=loop.preview_fps)
+        return True
+
+    def step(self, state: TrainState, number: int) -> TrainState:
+        """Reads the batch of step `number` (from 0) and takes the step."""
+        run, step = self._run, number + 1
+        with run.at("data", f"the reading of the batch of step {step}", hidden=self._at_work):
+            batch = read_batch(self._batches, self._schedule, run.setup.dataset, number)
+        bucket = self._schedule.step(number).bucket
+        if run.profiler.begins(step):
+            with run.at("profiling", f"the beginning of a profile of step {step}"):
+                run.profiler.begin(step, state)
+        with run.at("productive" if bucket in run.work else "compiling", f"step {step}"), run.profiler.step(step):
+            if bucket not in run.work:
+                run.work[bucket] = run.setup.task.work(batch)
+            state, values = run.step_fn(state, batch)
+        if run.profiler.ends(step):
+            with run.at("profiling", f"the writing of a profile up to step {step}"):
+                run.profiler.end(state)
+        self._last = values["loss"]
+        self._log.add(bucket, values)
+        self._throughput.add(samples=len(batch.sample_id), **run.work[bucket])
+        self._bar.update()
+        self.bad.add(step, values)
+        return state
+
+    def _at_work(self) -> bool:
+        """Whether the devices have not yet done the last step."""
+        last: Any = self._last
+        return last is not None and not last.is_ready()
+
+    def write_line(self, done: int) -> None:
+        """The averages of the steps since the last line, and what the machine says."""
+        self._run.checkpoints.check()
+        scalars = self._log.take()
+        before, skipped = self._logged
+        self._run.ledger.close_interval(steps=done - before, skipped=int(scalars["skipped"] - skipped))
+        self._logged = (done, scalars["skipped"])
+        scalars |= {"learning_rate": float(self._learning_rate(done - 1))}
+        scalars |= self._throughput.take() | self._run.ledger.scalars() | metrics.memory()
+        self._writer.write_scalars(done, scalars)
+        shown: dict[str, float] = {name: scalars[name] for name in ("loss", "time/samples_per_second", "time/mfu") if name in scalars}
+        self._bar.set_postfix_str(metrics.format_line(done, shown), refresh=False)
+
+    def look(self, state: TrainState, done: int) -> dict[str, float] | None:
+        """Measures and shows what is due after step `done`; gives the measures, and None where a stop cut it short with nothing written."""
+        run, loop, videos = self._run, self._run.setup.loop, {}
+        measured: dict[str, float] | None = {}
+        if _due(done, loop.measure_every, loop.steps):
+            with run.at("measuring", f"measuring after step {done}"):
+                measured = run.held_out.measure(state, stop=run.stop)
+        if _due(done, loop.preview_every, loop.steps) and measured is not None and not run.stop.cuts_short:
+            with run.at("measuring", f"the preview after step {done}"):
+                videos = run.held_out.preview(state, done)
+        elif _due(done, loop.preview_every, loop.steps):
+            measured = None
+        if measured:
+            self._writer.write_scalars(done, measured)
+            self._bar.write(metrics.format_line(done, measured))
+        if videos:
+            self._writer.write_videos(done, videos, fps=loop.preview_fps)
+        return measured
+
+    def save(self, state: TrainState, done: int, measured: dict[str, float] | None) -> None:
+        """Begins to save the state after step `done` and all that going on from it takes; `measured` is None where that is owed."""
+        run, loop = self._run, self._run.setup.loop
+        with run.at("saving", f"the saving of step {done}"):
+            self._writer.flush()
+            position = dataclasses.replace(
+                self._position,
+                data=self._batches.state(),
+                in_a_row=tuple(self.bad.in_a_row),
+                unlogged=self._log.untaken(),
+                lines=self._writer.lines,
+                owed=measured is None,
+                ledger=run.ledger.to_json(),
+            )
+            planned = _due(done, loop.checkpoint_every, loop.steps) and not self.bad.in_a_row
+            run.checkpoints.save(done, state, data=dataclasses.asdict(position), planned=planned, metrics=measured)
 
 
 def go_back(run: Run, position: Position, bad: list[BadStep]) -> tuple[TrainState, Position]:
@@ -339,7 +443,9 @@ def go_back(run: Run, position: Position, bad: list[BadStep]) -> tuple[TrainStat
     Raises `UserError` where the run has gone back as often as it may.
     """
     loop, first, last = run.setup.loop, bad[0].step, bad[-1].step
-    step = run.checkpoints.newest_sound(planned_before=first - 1)
+    run.profiler.end()
+    with run.ledger.spending("restoring"):
+        step = run.checkpoints.newest_sound(planned_before=first - 1)
     schedule = dataclasses.replace(run.setup.schedule, left_out=position.left_out)
     if jax.process_index() == 0:
         samples = functools.partial(samples_of, schedule, run.setup.dataset)
@@ -352,7 +458,9 @@ def go_back(run: Run, position: Position, bad: list[BadStep]) -> tuple[TrainStat
         )
     logging.warning("%s. The run goes back to step %d, and on with the data after them.", said, step or 0)
     run.checkpoints.leave_after(step or 0)
-    state, saved = run.state_at(step)
+    with run.ledger.spending("restoring"):
+        state, saved = run.state_at(step)
+    run.ledger.go_back(saved.ledger)
     left_out = position.left_out + last - (step or 0)
     return state, dataclasses.replace(saved, left_out=left_out, rollbacks=position.rollbacks + 1, in_a_row=())
 
@@ -399,139 +507,6 @@ def check_start(task: Task, start: str) -> None:
         logging.info("%s: %s", start, LICENCE)
     if different := differences(weights.config, task.model):
         raise UserError(f"The weights in {start} are of another model than the config's: {different}. Set the config's model alike.")
-
-
-def abstract_state(task: Task, optimizer: Any, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the training state, without memory."""
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: init_state(task.init(key), optimizer, init_critic_state(task, key)))
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, shapes, state_shardings(shapes, mesh))
-
-
-def make_state(task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding.Mesh, start: str = "") -> TrainState:
-    """The initial state, made in place on the mesh: from random parameters, or from the weights at `start`, in any layout.
-
-    A critic is fresh in either case.
-    """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh))
-    critic = lambda: init_critic_state(task, jax.random.fold_in(key, 0xC217))  # noqa: E731
-    if start:
-        by_path = traverse_util.flatten_dict(shardings.params, sep="/")
-        params = convert.load(start, task.component, shardings=by_path)[1]
-        return jax.jit(lambda params: init_state(params, optimizer, critic()), out_shardings=shardings)(params)
-    init = lambda: init_state(task.init(jax.random.fold_in(key, 0x1417)), optimizer, critic())  # noqa: E731
-    return jax.jit(init, out_shardings=shardings)()
-
-
-def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters by their table; what an optimizer keeps for a parameter like that parameter; the rest whole everywhere."""
-    params, opt_state = _shardings_of(state.params, state.opt_state, mesh)
-    critic = state.critic
-    if critic is not None:
-        critic = CriticState(*_shardings_of(critic.params, critic.opt_state, mesh))
-    whole = replicated(mesh)
-    return TrainState(step=whole, skipped=whole, params=params, ema=params, opt_state=opt_state, critic=critic)  # type: ignore[arg-type]
-
-
-def _shardings_of(params: Any, opt_state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    by_params, whole = param_shardings(params, mesh), replicated(mesh)
-    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(by_params), strict=True)
-    homes = {path_of(path): _homes(leaf.shape, place) for (path, leaf), place in leaves}
-
-    def place(path: Any, leaf: Any) -> Any:
-        """The optimizer's path to an array that belongs to a parameter ends with that parameter's path."""
-        names = path_of(path).split("/")
-        owners = ("/".join(names[start:]) for start in range(len(names)))
-        return next((homes[name][leaf.shape] for name in owners if leaf.shape in homes.get(name, {})), whole)
-
-    return by_params, jax.tree_util.tree_map_with_path(place, opt_state)
-
-
-def _homes(shape: tuple[int, ...], place: NamedSharding) -> dict[tuple[int, ...], NamedSharding]:
-    """Where what belongs to a parameter lies, by shape: as the parameter, and a mean along one of its axes as the others do."""
-    axes = tuple(place.spec)
-    rests = [(shape[:n] + shape[n + 1 :], PartitionSpec(*axes[:n], *axes[n + 1 :])) for n in range(len(shape))]
-    return {rest: NamedSharding(place.mesh, spec) for rest, spec in rests} | {shape: place}
-
-
-class MetricLog:
-    """Averages of what steps return, overall and by bucket; values stay on the device until they are taken."""
-
-    def __init__(self, buckets: Sequence[str], untaken: Sequence[tuple[int, dict[str, float]]] = ()) -> None:
-        self._buckets = buckets
-        self._values: list[tuple[int, dict[str, Any]]] = list(untaken)
-
-    def add(self, bucket: int, values: dict[str, jax.Array]) -> None:
-        self._values.append((bucket, values))
-
-    def untaken(self) -> tuple[tuple[int, dict[str, float]], ...]:
-        """What the next `take` will average: with it another log continues this one."""
-        return tuple((bucket, {k: float(v) for k, v in values.items()}) for bucket, values in jax.device_get(self._values))
-
-    def take(self) -> dict[str, float]:
-        """The averages since the last call."""
-        rows = self.untaken()
-        self._values = []
-        out = {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
-        out["skipped"] = rows[-1][1]["skipped"]
-        for bucket in sorted({bucket for bucket, _ in rows}):
-            out[f"loss/{self._buckets[bucket]}"] = float(np.mean([row["loss"] for b, row in rows if b == bucket]))
-        return out
-
-
-class HeldOut:
-    """What is asked of the averaged weights while they train: metrics of held-out clips, and previews."""
-
-    def __init__(self, setup: Setup, *, key: jax.Array, workdir: Path):
-        loop, task = setup.loop, setup.task
-        self._task, self._key, self._loop, self._folder = task, jax.random.fold_in(key, 0xE7A1), loop, workdir / "previews"
-        self._measure = jax.jit(lambda params, batch: task.measure(params, batch, key=self._key))
-        self._batches: dict[str, list[VideoBatch]] = {}
-        buckets = [bucket for bucket in setup.schedule.buckets if bucket.share > 0]
-        select = functools.partial(loader.held_out_batches, setup.data, setup.dataset, encode=task.encode_prompts)
-        if loop.measure_every:
-            self._batches = {bucket.name: select(bucket, limit=loop.measure_samples) for bucket in buckets}
-        self._shown: VideoBatch | None = None
-        if loop.preview_every:
-            longest = max(buckets, key=lambda b: (b.frames, b.height * b.width))
-            shown = select(dataclasses.replace(longest, batch=loop.preview_samples), limit=loop.preview_samples)
-            if not shown:
-                raise UserError("No held-out clip is left for previews; raise data.held_out, add clips, or set train.preview_every to 0.")
-            self._shown = shown[0]
-
-    def check(self, name: str, abstract: TrainState) -> None:
-        """Raises `UserError` where no held-out metric has that name."""
-        shapes = {bucket: jax.eval_shape(self._measure, abstract.ema, batches[0]) for bucket, batches in self._batches.items() if batches}
-        known = [_held_out_name(metric, bucket) for bucket, found in shapes.items() for metric in found]
-        if name not in known:
-            raise UserError(f"train.keep_best: there is no held-out metric {name!r}. {nearest(name, known)}")
-
-    def measure(self, state: TrainState, *, stop: stops.Stop | None = None) -> dict[str, float] | None:
-        """Means over the held-out samples of each bucket, as `held_out/METRIC/BUCKET`; None where `stop` cut it short."""
-        out = {}
-        for name, batches in self._batches.items():
-            rows = []
-            for batch in batches:
-                if stop is not None and stop.cuts_short:
-                    return None
-                rows.append(jax.device_get(self._measure(state.ema, jax.tree.map(jnp.asarray, batch))))
-            for metric in rows[0] if rows else ():
-                out[_held_out_name(metric, name)] = float(np.mean(np.concatenate([row[metric] for row in rows])))
-        return out
-
-    def preview(self, state: TrainState, done: int) -> dict[str, np.ndarray]:
-        """The task's preview of the averaged weights, also written as one mp4 with the clips side by side."""
-        videos = self._task.preview(state.ema, jax.tree.map(jnp.asarray, self._shown), key=self._key)
-        self._folder.mkdir(exist_ok=True)
-        if jax.process_index() == 0:
-            wide = np.concatenate([np.concatenate(list(clips), axis=2) for clips in videos.values()], axis=1)
-            write_video(self._folder / f"step_{done:08d}.mp4", wide, fps=self._loop.preview_fps)
-        return videos
-
-
-def _held_out_name(metric: str, bucket: str) -> str:
-    return f"held_out/{metric.removesuffix('_db')}/{bucket}" + ("_db" if metric.endswith("_db") else "")
 
 
 def _log_only_ours() -> None:

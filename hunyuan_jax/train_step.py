@@ -1,7 +1,8 @@
 """One training step as a pure function: gradients, guard, update, exponential moving average.
 
-The guard: where a gradient's norm is not finite the step changes nothing but its count, without asking the host. A task with a
-critic has two gradients, taken at the same parameters, and one guard; a critic is not averaged.
+The guard: where a gradient's norm is not finite the step changes nothing but its count, without asking the host; nor where it is a
+spike (`spikes.py`), if those are to be skipped. A task with a critic has two gradients, taken at the same parameters, and one guard; a
+critic is not averaged.
 
 A batch may be too large to be held at once: its gradient is then the mean of those of `accumulate` parts, taken one after another.
 
@@ -21,11 +22,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from hunyuan_jax import spikes
+from hunyuan_jax.block_norms import norms_by_block
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.optimizer import make_optimizer
 from hunyuan_jax.parallel.sharding import BATCH_AXES
+from hunyuan_jax.spikes import Spikes
 from hunyuan_jax.tasks.critic import AdversarialTask
 from hunyuan_jax.tasks.task import Params, Task
 
@@ -42,7 +46,7 @@ class CriticState:
 class TrainState:
     """All that a step reads and writes on the devices. `ema` is the moving average of `params`, in float32.
 
-    `critic` is None for a task without one.
+    `critic` is None for a task without one, `spikes` where none are skipped.
     """
 
     step: Int[Array, ""]
@@ -51,10 +55,11 @@ class TrainState:
     ema: Params
     opt_state: optax.OptState
     critic: CriticState | None = None
+    spikes: Spikes | None = None
 
 
 Found = TypeVar("Found")
-Step = Callable[[TrainState, VideoBatch], tuple[TrainState, dict[str, Float[Array, ""]]]]
+Step = Callable[[TrainState, VideoBatch], tuple[TrainState, dict[str, Float[Array, "..."]]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,8 @@ def check_accumulation(accumulate: int, *, task: Task, buckets: Sequence[Bucket]
     """Raises `UserError` where the batch of a bucket does not divide into parts that divide over the mesh."""
     if task.critic is not None and task.critic.optimizer.accumulate != 1:
         raise UserError("critic.optimizer.accumulate must be 1: the critic sees the parts that optimizer.accumulate makes of a batch.")
+    if task.critic is not None and task.critic.optimizer.skip_above:
+        raise UserError("critic.optimizer.skip_above must be 0: a step is skipped for both networks, by optimizer.skip_above.")
     if accumulate == 1:
         return
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -85,9 +92,15 @@ def check_accumulation(accumulate: int, *, task: Task, buckets: Sequence[Bucket]
             )
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, critic: CriticState | None = None) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, critic: CriticState | None = None, *, spike_window: int = 0
+) -> TrainState:
+    """The state before the first step; with a `spike_window` of as many norms, for a step that skips spikes."""
     count, averaged = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
-    return TrainState(step=count, skipped=count, params=params, ema=averaged, opt_state=optimizer.init(params), critic=critic)
+    return TrainState(
+        step=count, skipped=count, params=params, ema=averaged, opt_state=optimizer.init(params), critic=critic,
+        spikes=spikes.no_spikes(spike_window) if spike_window else None,
+    )  # fmt: skip
 
 
 def init_critic_state(task: Task, key: PRNGKeyArray) -> CriticState | None:
@@ -104,15 +117,25 @@ def average(ema: Params, params: Params, *, step: Int[Array, ""], decay: float) 
     return jax.tree.map(lambda e, p: e + (1.0 - keep) * (p.astype(e.dtype) - e), ema, params)
 
 
-def make_step(task: Task, optimizer: optax.GradientTransformation, *, ema: EmaConfig, key: PRNGKeyArray, accumulate: int = 1) -> Step:
+def make_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: EmaConfig,
+    key: PRNGKeyArray,
+    accumulate: int = 1,
+    skip_above: float = math.inf,
+    block_norms: bool = False,
+) -> Step:
     """The step for a task. `key` is the run's; a sample's noise is folded from it and the sample's id alone.
 
     In `accumulate` parts a batch makes the same step within rounding, as far as losses are means over samples: the adaptive weight of
-    a critic's opinion is no mean, and each part has its own.
+    a critic's opinion is no mean, and each part has its own. Beside the losses a step says what its batch is like (`data/...`) and,
+    where asked for, `block_norms` (`grad_norm/...`, `param_norm/...`). A state with `spikes` skips those `skip_above`.
     """
     learn = jax.value_and_grad(task.loss, has_aux=True)
 
-    def step(state: TrainState, batch: VideoBatch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def step(state: TrainState, batch: VideoBatch) -> tuple[TrainState, dict[str, Float[Array, "..."]]]:
         critic = state.critic
         if critic is None:
             (loss, metrics), grads = _in_parts(lambda part: learn(state.params, part, key=key), batch, accumulate)
@@ -125,18 +148,33 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, *, ema: EmaCo
         if critic is not None:
             critic_norm = optax.tree.norm(found.critic)
             good &= jnp.isfinite(critic_norm) & jnp.isfinite(found.critic_loss)
-            critic = _choose(good & found.learns, _updated(task, critic, found.critic), critic)
             metrics = metrics | {"critic_grad_norm": critic_norm}
+        seen = state.spikes
+        if seen is not None:
+            spike = good & spikes.is_spike(seen, grad_norm, above=skip_above)
+            good &= ~spike
+            seen = spikes.after_step(seen, grad_norm, accepted=good, spike=spike)
+            metrics = metrics | {"spikes": seen.skipped.astype(jnp.float32)}
+        if critic is not None:
+            critic = _choose(good & found.learns, _updated(task, critic, found.critic), critic)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         changed = (params, average(state.ema, params, step=state.step, decay=ema.decay), opt_state)
         kept = (state.params, state.ema, state.opt_state)
         params, averaged, opt_state = _choose(good, changed, kept)
         skipped = state.skipped + jnp.where(good, 0, 1)
-        state = TrainState(step=state.step + 1, skipped=skipped, params=params, ema=averaged, opt_state=opt_state, critic=critic)
+        metrics = metrics | batch.statistics() | (_norms(grads, params) if block_norms else {})
+        state = TrainState(
+            step=state.step + 1, skipped=skipped, params=params, ema=averaged, opt_state=opt_state, critic=critic, spikes=seen
+        )
         return state, {"loss": loss, "grad_norm": grad_norm, "skipped": skipped.astype(jnp.float32), **metrics}
 
     return step
+
+
+def _norms(grads: Params, params: Params) -> dict[str, Float[Array, "..."]]:
+    trees = {"grad_norm": grads, "param_norm": params}
+    return {f"{what}/{block}": norms for what, tree in trees.items() for block, norms in norms_by_block(tree).items()}
 
 
 def _in_parts(find: Callable[[VideoBatch], Found], batch: VideoBatch, parts: int) -> Found:

@@ -16,8 +16,8 @@ from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding
 from hunyuan_jax.settings import build
+from hunyuan_jax.state import make_state
 from hunyuan_jax.tasks import planned_task
-from hunyuan_jax.train import make_state
 from hunyuan_jax.train_step import EmaConfig, make_step
 
 STEPS = 20

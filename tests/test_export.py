@@ -27,9 +27,10 @@ from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from hunyuan_jax.random_tower import RandomTowerConfig  # noqa: E402
 from hunyuan_jax.sampling import SamplingConfig  # noqa: E402
 from hunyuan_jax.settings import build  # noqa: E402
+from hunyuan_jax.state import make_state  # noqa: E402
 from hunyuan_jax.tasks.t2v import T2VLossConfig, T2VTask, encode_texts  # noqa: E402
 from hunyuan_jax.tasks.vae import VAELossConfig, VAETask  # noqa: E402
-from hunyuan_jax.train import check_start, make_state  # noqa: E402
+from hunyuan_jax.train import check_start  # noqa: E402
 from hunyuan_jax.train_step import TrainState  # noqa: E402
 from hunyuan_jax.weights import open_weights  # noqa: E402
 

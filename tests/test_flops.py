@@ -1,17 +1,17 @@
 """Laws of the FLOP count: it is what the traced model multiplies, near what the compiler counts, and the published size at 13B."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend import core
 
-from configs import t2v_13b
+from configs import quickstart, t2v_13b
 from hunyuan_jax.chips import peak_flops
-from hunyuan_jax.flops import dit_forward_flops
+from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.flops import dit_forward_flops, product_flops
 from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.tasks import planned_task
 
 SMALL = DiTConfig(
     width=96, num_heads=4, num_double_blocks=2, num_single_blocks=3, text_dim=40, pooled_dim=20, rope_axes=(4, 10, 10), mlp_ratio=2.5
@@ -41,26 +41,12 @@ def variables(config: DiTConfig, arrays: dict) -> dict:
     return jax.eval_shape(lambda x: DiT(config).init(jax.random.key(0), **x), arrays)
 
 
-def product_flops(jaxpr: core.Jaxpr) -> int:
-    """FLOPs of all matrix products of a traced function, those of a scan as often as it repeats them."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-        inner = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in equation.params.values()]
-        inner_flops = sum(product_flops(p) for p in inner if isinstance(p, core.Jaxpr))
-        total += inner_flops * equation.params.get("length", 1)
-    return total
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_count_is_that_of_the_traced_products(variant):
     config, clean = VARIANTS[variant]
     arrays = inputs(config, grid=(3, 2, 5), num_txt=7, clean=clean)
-    jaxpr = jax.make_jaxpr(lambda v, x: DiT(config).apply(v, **x))(variables(config, arrays), arrays)
-    assert dit_forward_flops(config, 30, 7, segments=2 if clean else 1) == product_flops(jaxpr.jaxpr)
+    traced = product_flops(lambda v, x: DiT(config).apply(v, **x), variables(config, arrays), arrays)
+    assert dit_forward_flops(config, 30, 7, segments=2 if clean else 1) == traced
 
 
 def test_count_is_near_the_compilers():
@@ -89,6 +75,35 @@ def test_full_size_takes_the_published_operations():
     assert pairs == 737_280
     assert ((two - one) - pairs * 10_000**2) / 10_000 == pytest.approx(13.59e9, rel=1e-3)
     assert dit_forward_flops(config, 118_800, 256) == pytest.approx(12.07e15, rel=5e-3)
+
+
+def test_convolutions_and_loops_are_counted_as_often_as_they_multiply():
+    frames, kernel = jnp.zeros((2, 7, 9, 4)), jnp.zeros((3, 5, 4, 6))  # N H W C, H W in out
+
+    def convolved(frames, kernel):
+        return jax.lax.conv_general_dilated(frames, kernel, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    once = 2 * (2 * 4 * 9 * 6) * (3 * 5 * 4)
+    assert product_flops(convolved, frames, kernel) == once
+    assert product_flops(lambda f, k: jax.lax.map(lambda x: convolved(x, k), jnp.stack(3 * [f])), frames, kernel) == 3 * once
+    grouped = lambda f, k: jax.lax.conv_general_dilated(  # noqa: E731
+        f, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+    )
+    assert product_flops(grouped, frames, kernel[:, :, :2]) == 2 * (2 * 7 * 9 * 6) * (3 * 5 * 2)
+
+
+def test_the_work_of_a_step_is_that_of_its_batch():
+    """Three forward passes of every sample; of the VAE those of a clip, whatever the batch."""
+    config = quickstart.get_config("t2v")
+    task, shape = planned_task(config), lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    said = task.work(VideoBatch(sample_id=shape(3), mean=shape(3, 4, 8, 8, 16), txt=shape(3, 8, 64)))
+    assert said == {"frames": 3 * 13, "tokens": 3 * (4 * 2 * 2 + 8), "model_flops": 9 * dit_forward_flops(task.model, 16, 8)}
+    vae = planned_task(quickstart.get_config("vae"))
+    one, three = (vae.work(VideoBatch(sample_id=shape(n), frames=shape(n, 5, 16, 16, 3))) for n in (1, 3))
+    assert three == {name: 3 * value for name, value in one.items()}
+    params = jax.eval_shape(vae.init, jax.random.key(0))
+    compiled = jax.jit(vae.reconstruct).lower(params, shape(1, 5, 16, 16, 3)).compile()
+    assert one["model_flops"] == pytest.approx(3 * compiled.cost_analysis()["flops"], rel=0.2)
 
 
 @pytest.mark.parametrize(

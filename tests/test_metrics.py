@@ -2,13 +2,26 @@
 
 import io
 import json
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hunyuan_jax.metrics import MetricWriter, Throughput, environment, format_line, progress, read_metrics
+from hunyuan_jax.data.buckets import Bucket
+from hunyuan_jax.metrics import (
+    MetricLog,
+    MetricWriter,
+    Throughput,
+    environment,
+    format_line,
+    memory,
+    progress,
+    read_metrics,
+    repeatable,
+)
 
 
 def write_steps(workdir, steps, *, start_step=0, offset=0.0):
@@ -103,19 +116,68 @@ def test_texts_and_hyperparameters_read_back(tmp_path):
     assert "_hparams_/session_start_info" in accumulator.summary_metadata
 
 
-def test_throughput_counts_since_the_last_reading():
+def test_throughput_counts_since_the_last_reading_and_mfu_is_its_share_of_the_peak():
     times = iter([0.0, 2.0, 4.0])
-    throughput = Throughput(clock=lambda: next(times))
-    throughput.add(10)
-    throughput.add(10)
-    assert throughput.rate() == 10.0
-    throughput.add(3)
-    assert throughput.rate() == 1.5
+    throughput = Throughput(peak=4e12, clock=lambda: next(times))
+    throughput.add(samples=10, model_flops=1e12)
+    throughput.add(samples=10, model_flops=3e12)
+    assert throughput.take() == {"time/samples_per_second": 10.0, "time/model_tflops_per_second": 2.0, "time/mfu": 0.5}
+    throughput.add(samples=3)
+    assert throughput.take() == {"time/samples_per_second": 1.5}
+
+
+BUCKETS = [Bucket(frames=1, height=8, width=8, batch=2), Bucket(frames=5, height=8, width=8, batch=1)]
+
+
+def rows_of(count):
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        values = {"loss": rng.normal(), "skipped": n, "data/mean": rng.normal(), "grad_norm/blocks": rng.normal(size=2)}
+        yield n % 2, {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def test_the_log_averages_all_and_each_bucket_and_the_layers_of_a_stack_apart():
+    log, rows = MetricLog(BUCKETS), list(rows_of(5))
+    for row in rows:
+        log.add(*row)
+    said = log.take()
+    mean = lambda name, of=(0, 1): np.mean([values[name] for bucket, values in rows if bucket in of], axis=0)  # noqa: E731
+    expected = {"loss": mean("loss"), "skipped": 4.0, "data/share/1x8x8": 6 / 8, "data/share/5x8x8": 2 / 8}
+    expected |= {f"grad_norm/blocks/0{n}": value for n, value in enumerate(mean("grad_norm/blocks"))}
+    for n, bucket in enumerate(("1x8x8", "5x8x8")):
+        expected |= {f"loss/{bucket}": mean("loss", (n,)), f"data/mean/{bucket}": mean("data/mean", (n,))}
+    assert said == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_log_continues_another_from_what_that_wrote_as_json():
+    whole, first, rows = MetricLog(BUCKETS), MetricLog(BUCKETS), list(rows_of(5))
+    for row in rows:
+        whole.add(*row)
+    for row in rows[:2]:
+        first.add(*row)
+    second = MetricLog(BUCKETS, [tuple(row) for row in json.loads(json.dumps(first.untaken()))])
+    for row in rows[2:]:
+        second.add(*row)
+    assert second.take() == whole.take()
+
+
+def test_memory_is_that_of_the_fullest_device_and_of_the_host(monkeypatch):
+    said = memory()
+    assert said.keys() == {"memory/host_gib", "memory/host_peak_gib"}
+    device = lambda now, most: SimpleNamespace(memory_stats=lambda: {"bytes_in_use": now << 30, "peak_bytes_in_use": most << 30})  # noqa: E731
+    monkeypatch.setattr("jax.local_devices", lambda: [device(1, 5), device(3, 4)])
+    said = memory()
+    assert (said["memory/device_gib"], said["memory/device_peak_gib"]) == (3.0, 5.0)
+
+
+def test_what_the_machine_says_is_left_out_of_what_runs_have_alike():
+    assert repeatable({"step": 3, "seconds": 1.0, "time/mfu": 0.5, "memory/host_gib": 2.0, "loss": 1.0}) == {"step": 3, "loss": 1.0}
 
 
 def test_log_lines_carry_units():
-    line = format_line(1200, {"loss": np.float32(0.14321), "psnr_db": 28.309, "learning_rate": 1e-4, "samples_per_second": 12.41})
+    line = format_line(1200, {"loss": np.float32(0.14321), "psnr_db": 28.309, "learning_rate": 1e-4, "time/samples_per_second": 12.41})
     assert line == "step 1200  loss 0.1432  psnr 28.31 dB  learning_rate 0.0001  12.41 samples/s"
+    assert format_line(1, {"time/mfu": 0.456}) == "step 1  MFU 46 %"
 
 
 def test_progress_starts_where_the_run_resumed():

@@ -332,7 +332,7 @@ from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding, path_of
-from hunyuan_jax.train import make_state
+from hunyuan_jax.state import make_state
 from hunyuan_jax.train_step import EmaConfig, make_step
 
 class Layers:

@@ -17,7 +17,7 @@ from configs import vae as vae_recipe
 from data_prep.encode import EncodeConfig, encode
 from hunyuan_jax.data import records
 from hunyuan_jax.data.dataset import open_dataset, write_index, write_shard
-from hunyuan_jax.metrics import read_metrics
+from hunyuan_jax.metrics import read_metrics, repeatable
 from hunyuan_jax.models.vae import VAE, VAEConfig
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.t2v import T2VTask
@@ -122,7 +122,7 @@ def tiny_config(task: str, data: Path, *, batch: int = 2, **loop: Any) -> Config
 
 @dataclasses.dataclass(frozen=True)
 class Left:
-    """What a run left: arrays by their paths, its position, and its logged values without times."""
+    """What a run left: arrays by their paths, its position, and its logged values, without what the machine says."""
 
     arrays: dict[str, np.ndarray]
     position: dict[str, Any]
@@ -131,8 +131,9 @@ class Left:
     @classmethod
     def by(cls, workdir: Path, step: int) -> "Left":
         folder = workdir.absolute() / "checkpoints" / str(step)
-        lines = [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(workdir / "metrics.jsonl")]
-        return cls(arrays_of(folder), json.loads((folder / "data" / "metadata").read_text()), lines)
+        position = json.loads((folder / "data" / "metadata").read_text())
+        position.pop("ledger", None)  # of times, too
+        return cls(arrays_of(folder), position, [repeatable(line) for line in read_metrics(workdir / "metrics.jsonl")])
 
     def differing_bits(self, other: "Left") -> int:
         return differing_bits(self.arrays, other.arrays)
@@ -166,7 +167,9 @@ def arrays_of(checkpoint: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint, by whatever processes it was written."""
     arrays = {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        for part in ("params", "ema", "rest"):
+        for part in ("params", "ema", "rest", "spikes"):
+            if not (checkpoint / part).exists():
+                continue
             tree = checkpointer.metadata(checkpoint.absolute() / part).item_metadata.tree
             how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             found = checkpointer.restore(checkpoint.absolute() / part, args=ocp.args.PyTreeRestore(restore_args=how))

@@ -1,6 +1,7 @@
 """What a batch on the mesh is: `VideoBatch`, the frozen pytree that the loader makes and the tasks read."""
 
 import flax.struct
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 
@@ -21,3 +22,11 @@ class VideoBatch:
     txt_mask: Bool[Array, "B L"] = None  # type: ignore[assignment]
     pooled: Float[Array, "B P"] = None  # type: ignore[assignment]
     tiled: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def statistics(self) -> dict[str, Float[Array, ""]]:
+        """Mean and standard deviation of the values that are trained on, and valid text tokens a prompt, as metrics of a step."""
+        values = self.mean if self.frames is None else self.frames
+        said = {"data/mean": jnp.mean(values), "data/std": jnp.std(values)}
+        if self.txt_mask is None:
+            return said
+        return said | {"data/text_tokens": jnp.mean(jnp.sum(self.txt_mask, axis=1, dtype=jnp.float32))}

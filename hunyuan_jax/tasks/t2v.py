@@ -6,6 +6,7 @@ loss = mean |DiT(x_t, t, prompt) - (noise - latents)|^2    model also learns the
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -24,6 +25,7 @@ from hunyuan_jax.data.loader import Encode
 from hunyuan_jax.data.records import Latent
 from hunyuan_jax.data.transforms import pad_texts, to_uint8
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.flops import dit_step_flops
 from hunyuan_jax.models.dit import DiT, DiTConfig
 from hunyuan_jax.models.vae import VAEConfig
 from hunyuan_jax.parallel.sharding import gathered
@@ -231,9 +233,20 @@ class T2VTask:
     def _decode(self) -> Any:
         return jax.jit(lambda latents: gathered(self.codec.decode(latents)))
 
+    def seen(self, batch: VideoBatch) -> np.ndarray:
+        """The clips through the VAE."""
+        return to_uint8(np.asarray(self._decode(batch.mean * self.codec.vae.scaling_factor)))
+
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
-        """Held-out clips as the VAE sees them, and below them what the model makes of their prompts."""
+        """What the model makes of the clips' prompts."""
         noise = normal_like(sample_keys(key, batch), batch.mean)
         made = self._decode(self._sample(params, (batch.txt, batch.txt_mask, batch.pooled), noise))
-        real = self._decode(batch.mean * self.codec.vae.scaling_factor)
-        return {"held_out": to_uint8(np.asarray(real)), "generated": to_uint8(np.asarray(made))}
+        return {"generated": to_uint8(np.asarray(made))}
+
+    def work(self, batch: VideoBatch) -> dict[str, float]:
+        """Tokens are those of images and texts, padding included."""
+        samples, *size, _ = batch.mean.shape
+        image = math.prod(-(-n // p) for n, p in zip(size, self.model.patch_size, strict=True))
+        frames, text = self.codec.vae.temporal_compression * (size[0] - 1) + 1, batch.txt.shape[1]
+        flops = dit_step_flops(self.model, image, text).model
+        return {"frames": samples * frames, "tokens": samples * (image + text), "model_flops": samples * flops}

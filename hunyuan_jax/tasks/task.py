@@ -57,8 +57,14 @@ class Task(Protocol):
     def measure(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, Float[Array, "B"]]:
         """Metrics of each held-out sample."""
 
+    def seen(self, batch: VideoBatch) -> np.ndarray:
+        """The clips of a batch as the model sees them, uint8 [N T H W 3]."""
+
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
-        """Named videos, uint8 [N T H W 3], that show what the parameters can do; always the same for the same key."""
+        """Named videos, uint8 [N T H W 3], that show what the parameters make of these clips; always the same for the same key."""
+
+    def work(self, batch: VideoBatch) -> dict[str, float]:
+        """What a step of such a batch, of which shapes suffice, goes through: `frames`, `tokens` if there are any, `model_flops`."""
 
 
 def sample_keys(key: PRNGKeyArray, batch: VideoBatch) -> PRNGKeyArray:

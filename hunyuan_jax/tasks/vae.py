@@ -22,6 +22,7 @@ from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.dataset import Dataset
 from hunyuan_jax.data.transforms import to_uint8
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.flops import product_flops
 from hunyuan_jax.lpips_weights import load_lpips
 from hunyuan_jax.models import critics
 from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
@@ -247,7 +248,18 @@ class VAETask:
     def _reconstruct(self) -> Any:
         return jax.jit(lambda params, frames: gathered(self.reconstruct(params, frames)))  # compiled once for all previews
 
+    def seen(self, batch: VideoBatch) -> np.ndarray:
+        return to_uint8(np.asarray(batch.frames))
+
     def preview(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> dict[str, np.ndarray]:
-        """Held-out clips above their reconstructions."""
-        out = self._reconstruct(params, batch.frames)
-        return {"reconstruction": to_uint8(np.concatenate([np.asarray(batch.frames), np.asarray(out)], axis=2))}
+        """Reconstructions of the clips."""
+        return {"reconstruction": to_uint8(np.asarray(self._reconstruct(params, batch.frames)))}
+
+    def work(self, batch: VideoBatch) -> dict[str, float]:
+        """FLOPs are those of the VAE: what judges its frames, LPIPS or a critic, is not the model."""
+        samples, frames = batch.frames.shape[:2]
+        clip = jax.ShapeDtypeStruct((1, *batch.frames.shape[1:]), jnp.float32)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # the whole clip, not a device's part
+            params = jax.eval_shape(self.init, jax.random.key(0))
+            forward = product_flops(lambda params, clip: self.reconstruct(params, clip, tiled=batch.tiled), params, clip)
+        return {"frames": samples * frames, "model_flops": 3.0 * samples * forward}
