@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,14 @@ _TITLES = {
     "grad_norm": ("Gradient norm", ""),
     "critic_grad_norm": ("Gradient norm of the critic", ""),
     "learning_rate": ("Learning rate", ""),
-    "samples_per_second": ("Throughput", "samples/s"),
+    "time/_per_second": ("Throughput", "per second"),
+    "time/mfu": ("MFU, the share of the devices' peak", ""),
+    "time/goodput": ("Goodput, the share of time that the model kept", ""),
+    "memory/": ("Memory of a process", "GiB"),
+    "data/share/": ("Share of samples by bucket", ""),
+    "data/mean/": ("Mean of a batch's values by bucket", ""),
+    "data/std/": ("Standard deviation of a batch's values by bucket", ""),
+    "data/text_tokens/": ("Text tokens of a prompt by bucket", ""),
     "held_out/psnr/_db": ("PSNR on held-out clips", "dB"),
     "held_out/ssim/": ("SSIM on held-out clips", ""),
     "held_out/lpips/": ("LPIPS on held-out clips", ""),
@@ -153,35 +161,68 @@ _TITLES = {
     "held_out/seam_error/": ("Seams: tiled against whole, held-out clips", "grey levels"),
     "held_out/loss/": ("Loss on held-out clips", ""),
     "skipped": ("Skipped steps", ""),
+    "spikes": ("Of these for a spike", ""),
 }
+BLOCKS = ("grad_norm/", "param_norm/")
+LINES_OF_LAYERS = 5  # of a stack's, in one chart
 
 
 def _chart_of(name: str) -> tuple[str, str]:
     """Which chart a metric belongs to, and its label there: `loss/9x64x64` is the line `9x64x64` of the chart `loss/`."""
     unit = "_db" if name.endswith("_db") else ""
-    if "/" not in name:
+    if "/" not in name or name in _TITLES:
         return name, "last"
+    if name.startswith("time/") and name.endswith("_per_second"):
+        return "time/_per_second", name.removeprefix("time/").removesuffix("_per_second")
     chart_name, label = name.removesuffix(unit).rsplit("/", 1)
     return f"{chart_name}/{unit}", label
 
 
-def _metric_charts(lines: Sequence[Row]) -> list[str]:
-    """All charts of a metrics.jsonl: the known ones first, in a fixed order, then any other number found there."""
+def _metric_charts(lines: Sequence[Row], *, of_blocks: bool = False) -> list[str]:
+    """All charts of a metrics.jsonl: the known ones first, in a fixed order, then any other number found there; or those of blocks."""
     charts: dict[str, dict[str, list[tuple[float, float]]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for line in lines:
         for name, value in line.items():
-            if name not in ("step", "seconds") and isinstance(value, int | float) and math.isfinite(value):
+            if name in ("step", "seconds") or name.startswith(BLOCKS) != of_blocks or _PHASE.fullmatch(name):
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
                 chart_name, label = _chart_of(name)
                 charts[chart_name][label].append((line["step"], value))
     # A count that stayed at zero tells nothing.
-    shown = [name for name, series in charts.items() if name != "skipped" or any(y for _, y in series["last"])]
+    shown = [name for name, series in charts.items() if name not in ("skipped", "spikes") or any(y for _, y in series["last"])]
     order = list(_TITLES)
     shown.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
     parts = []
     for name in shown:
         title, unit = _TITLES.get(name, (name.removesuffix("_db").strip("/").replace("_", " "), "dB" if name.endswith("_db") else ""))
-        parts.append(chart(title, unit, [Series(label, points) for label, points in charts[name].items()]))
+        labels = _evenly(list(charts[name]), LINES_OF_LAYERS) if of_blocks else list(charts[name])
+        parts.append(chart(title, unit, [Series(label, charts[name][label]) for label in labels]))
     return parts
+
+
+_PHASE = re.compile(r"time/(\w+?)_seconds")
+
+
+def _time_spent(lines: Sequence[Row]) -> str:
+    """Where the wall time of a training went, until its last line of the log."""
+    last = next((line for line in reversed(lines) if "time/goodput" in line), {})
+    spent = [(found[1], value) for name, value in last.items() if (found := _PHASE.fullmatch(name)) and isinstance(value, int | float)]
+    total = sum(seconds for _, seconds in spent)
+    if not total:
+        return ""
+    css = {"productive": "good", "lost": "drop", "skipped": "drop", "stalled": "drop"}
+    rows = [
+        (phase, seconds, total, f"{_duration(seconds)}, {_percent(seconds / total)}", css.get(phase, ""))
+        for phase, seconds in sorted(spent, key=lambda row: -row[1])
+        if seconds >= 0.05
+    ]
+    return f"<h3>Where the time went, over all processes of the run</h3>{_bars(rows)}"
+
+
+def _norms(lines: Sequence[Row]) -> str:
+    charts = _metric_charts(lines, of_blocks=True)
+    said = "Norms of gradients and parameters by block; of a stack of layers a few, from its first to its last"
+    return f'<details><summary>{said}</summary><div class="charts">{"".join(charts)}</div></details>' if charts else ""
 
 
 # Videos
@@ -345,8 +386,9 @@ def _training(run: Run, name: str, *, title: str, lead: str, embed: _Embedder) -
     charts = _metric_charts(run.metrics[name]) + (_flow_loss(run) if name == "t2v" else [])
     curves = f'<div class="charts">{"".join(charts)}</div>' if charts else _nothing(run, f"{name}/metrics.jsonl")
     said = "".join(f"<p>{text(words)}</p>" for words in _left_out(run, name))
+    watched = _norms(run.metrics[name]) + _time_spent(run.metrics[name])
     previews = f"<h3>Previews, step by step</h3>{_previews(run, name, embed)}"
-    return _section(name, title, lead, f"{said}{curves}{_reconstruction(run, name)}{previews}")
+    return _section(name, title, lead, f"{said}{curves}{watched}{_reconstruction(run, name)}{previews}")
 
 
 # PSNR in dB as published for other VAEs (paper, table 1), of ImageNet at 256 x 256 and of MCL-JCV at 33 x 360 x 640.
@@ -615,7 +657,7 @@ def make_page(run: Run) -> str:
             run,
             "t2v",
             title="Training the diffusion transformer",
-            lead="Flow matching on latents; previews come from the averaged weights.",
+            lead="Flow matching on latents; previews show held-out clips and what averaged, raw and first weights make of their prompts.",
             embed=embed,
         ),
         _training(

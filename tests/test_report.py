@@ -50,6 +50,9 @@ def run(tmp_path):
         psnr, seams = f"held_out/psnr/{HOSTILE}_db", f"held_out/seam_error/{HOSTILE}"
         lines[0] |= {psnr: 20.0, seams: 9.5}
         lines[-1] |= {psnr: 28.5, seams: 2.25, "held_out/": 1.0, "held_out/ssim/x": None}
+        lines[-1] |= {"time/goodput": 0.75, "time/productive_seconds": 90.0, "time/lost_seconds": 30.0, "time/away_seconds": 0.0}
+        lines[-1] |= {"time/samples_per_second": 3.0, "time/frames_per_second": 9.0, "memory/host_gib": 1.5}
+        lines[-1] |= {f"grad_norm/double_blocks/{layer:02}": 1.0 + layer for layer in range(20)}
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 100, "lo')
         (folder / name / "previews").mkdir()
         (folder / name / "previews" / "step_00000400.mp4").write_bytes(encode_mp4(frames, fps=8))
@@ -136,6 +139,24 @@ def test_reconstructions_before_and_after_stand_beside_published_ones(run):
     assert row[1] == "<th>PSNR, dB</th><th>seams, grey levels</th>"
     assert row[3] == "<td><b>28.5</b> <small>from 20</small></td><td><b>2.25</b> <small>from 9.5</small></td>"
     assert "<tr><th>HunyuanVideo</th><td>4 x 8 x 8</td><td>16</td><td>33.14</td><td>35.39</td></tr>" in text
+
+
+def test_where_the_time_went_stands_in_order_with_its_share(run):
+    text = page_of(run) and (run / "report.html").read_text()
+    assert text.count("<h3>Where the time went, over all processes of the run</h3>") == 2
+    bars = re.findall(r'<div class="bar"><span>(productive|lost|away)</span>.*?<span>([^<]*)</span></div>', text)
+    assert bars == 2 * [("productive", "1 min 30 s, 75.0 %"), ("lost", "30.0 s, 25.0 %")]
+    assert "productive_seconds" not in text
+
+
+def test_what_is_watched_has_its_charts_and_of_many_layers_a_few_lines(run):
+    text = page_of(run) and (run / "report.html").read_text()
+    keys = {title: re.findall(r'<span class="key c\d">(\S+) <b>', keys) for title, keys in re.findall(
+        r'<figcaption><b>([^<]*)</b>(.*?)</figcaption>', text)}  # fmt: skip
+    assert keys["Throughput"] == ["samples", "frames"]
+    assert keys["Memory of a process"] == ["host_gib"]
+    assert keys["grad norm/double blocks"] == ["00", "05", "10", "14", "19"]
+    assert keys["Goodput, the share of time that the model kept"] == ["last"]
 
 
 def test_an_empty_run_says_what_is_missing(tmp_path):
