@@ -11,8 +11,9 @@ data                                 records, buckets, schedule, batches
 parallel                             the mesh, where arrays live, attention over devices
 attention_kernels                    attention in parts, by the reference or a TPU's kernels
 train_step, optimizer, checkpoint    one step, and how a run continues
+block_norms, goodput, profiling      what is watched meanwhile; held_out, spikes
 weights, adapters, tensor_files      weights and LoRA adapters as they lie in files
 metrics, video_io                    other files in and out
-flops                                what a DiT costs, and what a device can do
+flops                                what a model costs, and what a device can do
 settings, errors                     the door from configs to dataclasses, and what a user can get wrong
 """

@@ -213,17 +213,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
     ledger, last_sign = Ledger(), metrics.last_written(workdir)
     setup = Setup.from_config(config)
     loop, task, mesh = setup.loop, setup.task, setup.mesh
-    if config.start and newest_step(workdir) is None:
-        check_start(task, config.start)
-
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_model(workdir, task.describe())
-    task.keep_beside(workdir)
-    if jax.process_index() == 0:  # a mounted bucket takes a file from one process at a time
-        write_json(workdir / "config.json", config.to_dict())
-        data = {"index": sha256_of(setup.dataset.folder / "dataset.json"), "records": len(setup.dataset.rows)}
-        _replace(workdir / "data.json", data, compared=tuple(data), so="from here on other samples are read than would have been")
-        _replace(workdir / "environment.json", metrics.environment(), compared=("python", "packages"), so="the same bits are not promised")
+    open_folder(workdir, setup, config)
 
     optimizer = make_optimizer(setup.optimizer)
     key = jax.random.key(config.seed)
@@ -267,10 +257,7 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
             logging.info("%s: all %d steps are done", workdir, loop.steps)
             return
         if int(state.step) == 0:
-            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            logging.info("Parameters:\n%s", overview)
-            if jax.process_index() == 0:
-                (workdir / "parameters.txt").write_text(overview + "\n")
+            write_overview(workdir, state)
         while bad := take_steps(run, state, position, config=config):
             state, position = go_back(run, position, bad)
     if stop.done < loop.steps:
@@ -281,6 +268,28 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
             errors.leave(stopped_code)
     else:
         logging.info("%s: trained to step %d", workdir, loop.steps)
+
+
+def open_folder(workdir: Path, setup: Setup, config: ConfigDict) -> None:
+    """Makes the run's folder, or finds that it is of the same model, and says in it what is run and on what."""
+    task, dataset = setup.task, setup.dataset
+    if config.start and newest_step(workdir) is None:
+        check_start(task, config.start)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_model(workdir, task.describe())
+    task.keep_beside(workdir)
+    if jax.process_index() == 0:  # a mounted bucket takes a file from one process at a time
+        write_json(workdir / "config.json", config.to_dict())
+        data = {"index": sha256_of(dataset.folder / "dataset.json"), "records": len(dataset.rows)}
+        _replace(workdir / "data.json", data, compared=tuple(data), so="from here on other samples are read than would have been")
+        _replace(workdir / "environment.json", metrics.environment(), compared=("python", "packages"), so="the same bits are not promised")
+
+
+def write_overview(workdir: Path, state: TrainState) -> None:
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    logging.info("Parameters:\n%s", overview)
+    if jax.process_index() == 0:
+        (workdir / "parameters.txt").write_text(overview + "\n")
 
 
 def take_steps(run: Run, state: TrainState, position: Position, *, config: ConfigDict) -> list[BadStep]:

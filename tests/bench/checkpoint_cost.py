@@ -40,6 +40,26 @@ def seconds_of(call: Callable[[], Any]) -> tuple[Taken, Any]:
     return Taken(time.perf_counter() - clock, time.process_time() - cores), found
 
 
+def cost_of_checkpoints(state: TrainState, folder: Path | None) -> tuple[dict[str, Taken], int]:
+    """What saving and restoring a state below `folder` take, by name, and the bytes on disk; None is a temporary folder."""
+    not_finite(state)
+    taken = {"finite": seconds_of(lambda: not_finite(state))[0]}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        checkpoints = Checkpoints(Path(inside), keep=Keep(last=2))
+        checkpoints.save(1, state, data={})
+        checkpoints.wait()
+        taken["held"], _ = seconds_of(lambda: checkpoints.save(2, state, data={}))
+        taken["rest"], _ = seconds_of(checkpoints.wait)
+        where = Path(inside) / "checkpoints" / "2"
+        taken["written"], _ = seconds_of(lambda: integrity.write_manifest(where, {"step": 2, "planned": True, "metrics": {}}))
+        taken["verified"], _ = seconds_of(lambda: integrity.verify(where))
+        taken["restored"], _ = seconds_of(lambda: checkpoints.restore(2, abstract)[0])
+        on_disk = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
+        checkpoints.close()
+    return taken, on_disk
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.checkpoint_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=float, default=100.0, help="parameters, in millions")
@@ -61,35 +81,21 @@ def main() -> None:
     step = jax.jit(update, donate_argnums=0)
     state = step(state)
     taken, state = seconds_of(lambda: step(state))
-    not_finite(state)
-    finite, _ = seconds_of(lambda: not_finite(state))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        checkpoints = Checkpoints(Path(folder), keep=Keep(last=2))
-        checkpoints.save(1, state, data={})
-        checkpoints.wait()
-        held, _ = seconds_of(lambda: checkpoints.save(2, state, data={}))
-        rest, _ = seconds_of(checkpoints.wait)
-        where = Path(folder) / "checkpoints" / "2"
-        written, _ = seconds_of(lambda: integrity.write_manifest(where, {"step": 2, "planned": True, "metrics": {}}))
-        verified, _ = seconds_of(lambda: integrity.verify(where))
-        restored, _ = seconds_of(lambda: checkpoints.restore(2, abstract)[0])
-        on_disk = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
-        checkpoints.close()
+    costs, on_disk = cost_of_checkpoints(state, options.folder)
     print(f"{options.millions:.0f} million parameters, {size / 1e9:.2f} GB of state, {on_disk / 1e9:.2f} GB on disk, {jax.devices()[0]}")
     print(f"{'':32} {'clock':>9} {'cores':>9} {'of the clock':>14}")
     for name, value in (
         ("an update without a model", taken),
-        ("is all of it finite?", finite),
-        ("a save holds training up for", held),
-        ("and then goes on behind it for", rest),
-        ("of which the checksums", written),
-        ("verifying before a restore", verified),
-        ("the restore itself", restored),
+        ("is all of it finite?", costs["finite"]),
+        ("a save holds training up for", costs["held"]),
+        ("and then goes on behind it for", costs["rest"]),
+        ("of which the checksums", costs["written"]),
+        ("verifying before a restore", costs["verified"]),
+        ("the restore itself", costs["restored"]),
     ):
         print(f"{name:32} {value.clock:7.3f} s {value.cores:7.3f} s {size / 1e9 / value.clock:9.2f} GB/s")
-    print(f"one save every {EVERY} steps adds {held.clock / (EVERY * taken.clock):.2%} to such steps by the clock")
+    print(f"one save every {EVERY} steps adds {costs['held'].clock / (EVERY * taken.clock):.2%} to such steps by the clock")
 
 
 if __name__ == "__main__":
