@@ -18,7 +18,7 @@ from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.optimizer import MUON_RMS, Group, Kind, OptimizerConfig, make_optimizer, make_schedule
 from hunyuan_jax.parallel.mesh import AXES
 from hunyuan_jax.settings import build
-from hunyuan_jax.train import state_shardings
+from hunyuan_jax.state import state_shardings
 from hunyuan_jax.train_step import init_state
 from tests.commands import run_program
 

@@ -38,11 +38,12 @@ from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig
 from hunyuan_jax.parallel.sharding import path_of
 from hunyuan_jax.settings import build
+from hunyuan_jax.state import state_shardings
 from hunyuan_jax.tasks import VAETask
 from hunyuan_jax.tasks.critic import CriticConfig
 from hunyuan_jax.tasks.task import normal_like, sample_keys
 from hunyuan_jax.tasks.vae import VAELossConfig, psnr_db, sharpness, ssim
-from hunyuan_jax.train import LoopConfig, state_shardings, train
+from hunyuan_jax.train import LoopConfig, train
 from hunyuan_jax.train_step import EmaConfig, average, init_critic_state, init_state, make_step
 from hunyuan_jax.video_io import encode_mp4
 from tests.commands import run_module
