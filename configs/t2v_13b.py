@@ -135,6 +135,7 @@ def _train(stage: str) -> ConfigDict:
                 "kind": "Latent",
                 "text_length": 256,
                 "threads": 16,
+                "quarantine_limit": 0.001,
                 "buckets": tuple(
                     {"frames": t, "height": h, "width": w, "batch": batch, "share": share} for t, h, w, batch, share in of_stage["buckets"]
                 ),

@@ -107,6 +107,7 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "kind": "Clip",
                 "held_out": 0.01,
                 "threads": 16,
+                "quarantine_limit": 0.001,
                 "buckets": _buckets(stage),
             },
             "tiling": {"tile": (64, 256, 256), "overlap": (16, 64, 64)},  # of tiled buckets: the released tiles

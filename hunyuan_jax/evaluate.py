@@ -55,7 +55,7 @@ def flow_loss_by_time(model: Model, latents_folder: Path, *, held_out: float, li
     bucket = Bucket(frames=video["frames"], height=video["height"], width=video["width"], batch=16)
     latents = open_dataset(latents_folder, kind="Latent")
     config = DataConfig(path=str(latents_folder), kind="Latent", buckets=(), held_out=held_out, text_length=model.task.null.txt.shape[1])
-    batches = held_out_batches(config, latents, bucket, limit=limit, encode=model.task.encode_prompts)
+    batches = held_out_batches(config, latents, bucket, limit=limit, encode=model.task.encode_prompts, shapes=model.task.batch_shapes)
     if not batches:
         raise UserError(f"No held-out latents in {latents_folder} of {bucket.name}.")
     score = jax.jit(lambda params, batch, t: model.task.flow_loss_at(params, batch, t, key=jax.random.key(0)))

@@ -57,7 +57,7 @@ class HeldOut:
         self._task, self._key, self._folder, self._fps = task, jax.random.fold_in(key, 0xE7A1), folder, fps
         self._measure = jax.jit(lambda params, batch: task.measure(params, batch, key=self._key))
         buckets = [bucket for bucket in buckets if bucket.share > 0]
-        select = functools.partial(loader.held_out_batches, data, dataset, encode=task.encode_prompts)
+        select = functools.partial(loader.held_out_batches, data, dataset, encode=task.encode_prompts, shapes=task.batch_shapes)
         self._batches = {bucket.name: select(bucket, limit=measured) for bucket in buckets} if measured else {}
         self._shown: VideoBatch | None = None
         if shown:

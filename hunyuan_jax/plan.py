@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -280,22 +279,10 @@ def roofline(chip: Chip, devices: int, flops: StepFlops, memory: Memory, exchang
 # --- By the compiler -----------------------------------------------------------------------------------------------------------
 
 
-def batch_shapes(task: Task, config: ConfigDict, bucket: Bucket, mesh: Mesh) -> VideoBatch:
-    """A batch of the bucket, without memory."""
+def batch_shapes(task: Task, bucket: Bucket, mesh: Mesh) -> VideoBatch:
+    """A batch of the bucket, without memory, split as on the mesh."""
     place = batch_sharding(mesh)
-
-    def array(*sizes: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct((bucket.batch, *sizes), dtype, sharding=place)
-
-    sample_id = array(dtype=jnp.uint32)
-    if task.component == "vae":
-        return VideoBatch(sample_id=sample_id, frames=array(*bucket.shape, 3), tiled=bucket.tiled)
-    latent = array(1 + (bucket.frames - 1) // 4, bucket.height // 8, bucket.width // 8, task.model.in_channels)
-    length = config.data.text_length
-    return VideoBatch(
-        sample_id=sample_id, mean=latent, logvar=latent, txt=array(length, task.model.text_dim), txt_mask=array(length, dtype=jnp.bool_),
-        pooled=array(task.model.pooled_dim),
-    )  # fmt: skip
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), task.batch_shapes(bucket))
 
 
 def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, more: Mapping[str, Any] | None = None) -> Any:
@@ -309,11 +296,7 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, 
     options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=config.train.get("tuned_compiler", False)), **(more or {})}
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
-        return (
-            jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-            .lower(state, batch_shapes(task, config, bucket, mesh))
-            .compile(options)
-        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch_shapes(task, bucket, mesh)).compile(options)
 
 
 def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True, shapes: TrainState | None = None) -> Plan:
@@ -386,7 +369,7 @@ def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:
         mesh = make_mesh(MeshConfig(data=1), jax.devices("cpu")[:1])
         step = make_step(task, optimizer, ema=EmaConfig(), key=jax.random.key(0))
         one = dataclasses.replace(bucket, batch=1)
-        lowered = jax.jit(step).lower(abstract_state(task, optimizer, mesh), batch_shapes(task, changed, one, mesh))
+        lowered = jax.jit(step).lower(abstract_state(task, optimizer, mesh), batch_shapes(task, one, mesh))
         return bucket.batch * float((lowered.cost_analysis() or {})["flops"])
 
     model = count("none")

@@ -333,7 +333,8 @@ class Course:
         self._schedule = dataclasses.replace(setup.schedule, left_out=position.left_out)
         self._batches = loader.Loader(
             setup.data, self._schedule, setup.dataset,
-            sharding=batch_sharding(setup.mesh), steps=setup.loop.steps, encode=setup.task.encode_prompts,
+            sharding=batch_sharding(setup.mesh), steps=setup.loop.steps, workdir=run.workdir, start=self._start,
+            encode=setup.task.encode_prompts, shapes=setup.task.batch_shapes,
         )  # fmt: skip
         if position.data is not None:
             self._batches.restore(position.data)
@@ -403,7 +404,7 @@ class Course:
         before, skipped = self._logged
         self._run.ledger.close_interval(steps=done - before, skipped=int(scalars["skipped"] - skipped))
         self._logged = (done, scalars["skipped"])
-        scalars |= {"learning_rate": float(self._learning_rate(done - 1))}
+        scalars |= {"learning_rate": float(self._learning_rate(done - 1)), "quarantined": self._batches.quarantined(done)}
         scalars |= self._throughput.take() | self._run.ledger.scalars() | metrics.memory()
         self._writer.write_scalars(done, scalars)
         shown: dict[str, float] = {name: scalars[name] for name in ("loss", "time/samples_per_second", "time/mfu") if name in scalars}

@@ -7,16 +7,20 @@ middle of a sum. Of `stopped` process 1 stands still there, and of `killed` proc
 """
 
 import dataclasses
+import functools
 import os
 import signal
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from hunyuan_jax.data import loader, records
+from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.schedule import Schedule
 from hunyuan_jax.errors import UserError, run_command
@@ -27,13 +31,26 @@ from hunyuan_jax.parallel.sharding import batch_sharding
 BUCKETS = (Bucket(frames=1, height=8, width=8, batch=4, share=1.0), Bucket(frames=1, height=8, width=8, batch=8, share=1.0))
 
 
-class Numbered:
-    """A dataset whose every record holds the number of its row."""
+DAMAGED = {3, 8, 9, 20}
 
-    def read(self, rows):
+
+class Numbered:
+    """A dataset whose every record holds the number of its row, but for those that are damaged."""
+
+    rows = tuple({"id": str(row)} for row in range(30))
+
+    def read_each(self, rows):
+        return [records.DamagedRecord("it is") if row in DAMAGED else self.record(row) for row in rows]
+
+    def record(self, row):
         state = records.TextStates(prompt="", txt=np.zeros((1, 2), np.float32), pooled=np.zeros(2, np.float32))
         made = {"bucket": (1, 8, 8), "fps": 1.0, "source": "", "logvar": np.zeros((1, 1, 1, 1), np.float32), "texts": (state,)}
-        return [records.Latent(id=str(row), mean=np.full((1, 1, 1, 1), row, np.float32), **made) for row in rows]
+        return records.Latent(id=str(row), mean=np.full((1, 1, 1, 1), row, np.float32), **made)
+
+
+def shapes(bucket: Bucket) -> VideoBatch:
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    return VideoBatch(sample_id=None, mean=array((bucket.batch, 1, 1, 1, 1)), txt=array((1, 1, 2)), pooled=array((1, 2)))
 
 
 def total() -> float:
@@ -43,22 +60,28 @@ def total() -> float:
     return float(jax.jit(jnp.sum)(ones))
 
 
-def share() -> None:
-    """Whatever mesh they stand on, devices get the rows that the plan has for their place in the batch."""
+def share(folder: str) -> None:
+    """Whatever mesh they stand on, devices get the rows that the plan has for their place in the batch, or instead of damaged ones."""
     assert total() == jax.device_count() == 4
     crossed = np.asarray(jax.devices()).reshape(2, 1, 2, 1).transpose(2, 1, 0, 3)  # each process has a device in every share
     meshes = [make_mesh(MeshConfig(data=data, fsdp=fsdp, sequence=4 // data // fsdp)) for data, fsdp in ((4, 1), (1, 4), (2, 1), (1, 1))]
+    replaced = 0
     for mesh in [*meshes, Mesh(crossed, AXES, axis_types=(AxisType.Auto,) * 4)]:
         schedule = Schedule(0, BUCKETS, (tuple(range(11)), tuple(range(7, 30))))
         config = loader.DataConfig(path="x", kind="Latent", buckets=(), text_length=1)
-        for number, batch in enumerate(loader.Loader(config, schedule, Numbered(), sharding=batch_sharding(mesh), steps=4)):
+        how = {"sharding": batch_sharding(mesh), "steps": 4, "workdir": Path(folder), "shapes": shapes}
+        for number, batch in enumerate(loader.Loader(config, schedule, Numbered(), **how)):
             plan = schedule.step(number)
             assert batch.mean.shape[0] == len(plan.rows)
+            planned = ((row, *schedule.instead(number, slot)) for slot, row in enumerate(plan.rows))
+            expected = np.asarray([next(row for row in rows if row not in DAMAGED) for rows in planned])
+            replaced += int((expected != plan.rows).sum())
             for shard in batch.mean.addressable_shards:
-                np.testing.assert_array_equal(np.ravel(shard.data), np.asarray(plan.rows)[shard.index[0]], str(mesh.shape))
+                np.testing.assert_array_equal(np.ravel(shard.data), expected[shard.index[0]], str(mesh.shape))
+    assert replaced > 0
     odd = Schedule(0, (dataclasses.replace(BUCKETS[0], batch=6),), ((0, 1),))
     with pytest.raises(UserError, match="a batch of 6 is split into 4"):
-        loader.Loader(config, odd, Numbered(), sharding=NamedSharding(meshes[0], PartitionSpec("data")), steps=1)
+        loader.Loader(config, odd, Numbered(), **(how | {"sharding": batch_sharding(meshes[0])}))
     print(f"process {jax.process_index()} is content", flush=True)
 
 
@@ -67,7 +90,8 @@ def main(argv: list[str]) -> None:
     lifeline.SILENT_SECONDS = 4
     distributed.initialize()
     if what == "share":
-        return share()
+        with tempfile.TemporaryDirectory() as folder:
+            return share(folder)
     total()
     if (what, jax.process_index()) == ("mistake", 1):
         raise UserError("this is the mistake")

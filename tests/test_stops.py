@@ -24,7 +24,7 @@ from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.train import LoopConfig, Setup, train
 from tests.commands import ROOT
 from tests.faults import kill_and_compare, table_of
-from tests.tiny_trainings import STEPS, Left, Linear, tiny_config, write_clips
+from tests.tiny_trainings import STEPS, Left, Linear, flip_in_records, tiny_config, write_clips
 
 LAST = 12
 OFTEN = {"steps": LAST, "log_every": 3, "checkpoint_every": 4, "measure_every": 5, "rollback_after": 2}
@@ -32,8 +32,10 @@ OFTEN = {"steps": LAST, "log_every": 3, "checkpoint_every": 4, "measure_every": 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
+    """Clips, a few of which are damaged: the laws hold with them."""
     folder = tmp_path_factory.mktemp("data")
     write_clips(folder / "clips")
+    flip_in_records(folder / "clips" / "clips-0.array_record", 0, 2, 4)
     return folder
 
 
@@ -93,6 +95,7 @@ def test_a_run_that_stops_after_every_step_equals_one_that_never_does(run, tmp_p
     assert often.position.pop("lines") == whole.position.pop("lines") - 1
     assert_equal(whole, often)
     assert [line["step"] for line in whole.logged] == [3, 5, 6, 9, 10, 12, 12]
+    assert [line["quarantined"] for line in whole.logged if "loss" in line] == [1, 2, 2, 2]
     assert whole.position["rollbacks"] == 1
 
 

@@ -79,6 +79,17 @@ def write_clips(folder: Path) -> None:
     write_index(folder, kind="Clip", rows=rows, shards=[shard], made_from={})
 
 
+def flip_in_records(shard: Path, *numbers: int) -> None:
+    """Flips a bit in the middle of these records of a shard whose records take less than 64 KiB in all."""
+    data, start = bytearray(shard.read_bytes()), 64
+    for number in range(max(numbers) + 1):
+        size = int.from_bytes(data[start + 8 : start + 16], "little")  # after a chunk's hash, before 24 more bytes of its header
+        if number in numbers:
+            data[start + 40 + size // 2] ^= 1
+        start += 40 + size
+    shard.write_bytes(data)
+
+
 def write_latents(folder: Path) -> None:
     """The latents of the clips beside them, by a random VAE."""
     section = quickstart.get_config("encode")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hunyuan_jax.data import records
 from hunyuan_jax.errors import UserError
 
 FORMAT = 1
+READ_AGAIN_AFTER = (0.0, 1.0, 5.0, 15.0)  # seconds: what a disk does not give at once it is asked for again
 
 
 @contextlib.contextmanager
@@ -76,7 +78,7 @@ def write_index(
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """An open dataset: `rows` is its manifest in order, and `read` fetches records by row number."""
+    """An open dataset: `rows` is its manifest in order, and `read` and `read_each` fetch records by row number."""
 
     folder: Path
     kind: str
@@ -86,15 +88,52 @@ class Dataset:
     _offsets: dict[str, int]
 
     def read(self, row_numbers: Sequence[int]) -> list[records.Clip | records.Latent]:
-        """Records by row number, in one batched read."""
+        """Records by row number, in one batched read. Raises `DamagedRecord` where one of them is damaged."""
+        found = []
+        for number, item in zip(row_numbers, self.read_each(row_numbers), strict=True):
+            if isinstance(item, records.DamagedRecord):
+                raise records.DamagedRecord(f"Record {self.rows[number]['id']} of {self.folder}: {item}") from item
+            found.append(item)
+        return found
+
+    def read_each(self, row_numbers: Sequence[int]) -> list[records.Clip | records.Latent | records.DamagedRecord]:
+        """Records by row number, in one batched read, with the error in the place of a record that is damaged.
+
+        Damaged is what fails its checksum or does not decode when it is read alone too. Raises `UserError` where a shard cannot be
+        read: a file that is missing, a disk that fails several times, an index inside the shard that is gone.
+        """
         positions = [self._offsets[self.rows[n]["shard"]] + self.rows[n]["index"] for n in row_numbers]
         if not positions:
             return []
         try:
-            found = self._source.__getitems__(positions)
-        except RuntimeError as error:
-            raise UserError(f"A shard of {self.folder} is damaged ({error}). Write the dataset again.") from error
-        return [records.from_bytes(data) for data in found]
+            return [records.from_bytes(data) for data in self._source.__getitems__(positions)]
+        except (RuntimeError, records.DamagedRecord):  # one of them, or the disk
+            return [self._read_alone(n) for n in row_numbers]
+
+    def first(self) -> records.Clip | records.Latent:
+        """The first record that is not damaged. Raises `DamagedRecord` where all are."""
+        for number in range(len(self.rows)):
+            (item,) = self.read_each([number])
+            if not isinstance(item, records.DamagedRecord):
+                return item
+        raise records.DamagedRecord(f"No record of {self.folder} can be read. Write the dataset again.")
+
+    def _read_alone(self, number: int) -> records.Clip | records.Latent | records.DamagedRecord:
+        """One record through a reader of its own, so that nothing is left of an earlier failure."""
+        path, index = self.folder / self.rows[number]["shard"], self.rows[number]["index"]
+        for seconds in READ_AGAIN_AFTER:
+            time.sleep(seconds)
+            try:
+                with array_record_data_source.ArrayRecordDataSource([str(path)]) as source:
+                    return records.from_bytes(source[index])
+            except records.DamagedRecord as damage:
+                return damage
+            except (RuntimeError, ValueError) as error:
+                failure = error
+                # What fails its checksum stays so; ArrayRecord says so in these words, and in others of its index.
+                if "Corrupted" in str(error) and "Failed to read Riegeli" not in str(error):
+                    return records.DamagedRecord(str(error))
+        raise UserError(f"Shard {path} cannot be read ({failure}). Restore it, or write the dataset again.") from failure
 
 
 def open_dataset(folder: str | Path, *, kind: str) -> Dataset:

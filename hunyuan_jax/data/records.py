@@ -1,7 +1,7 @@
 """What a record on disk is: `Clip` (written by curation) and `Latent` (written by encoding), to and from bytes.
 
 A record is one msgpack map. Arrays are stored as `[dtype, shape, bytes]`, bfloat16 included, and are read back as zero-copy
-views. Every record carries the version of its format; an unknown version or kind is a `UserError`, not a guess.
+views. Every record carries the version of its format; bytes of another version or kind are a `DamagedRecord`, not a guess.
 
     Clip    one shot of video as H.264 mp4 bytes, its caption fields, camera label and scores
     Latent  one clip fitted to one bucket: the VAE posterior and the text states of its prompts
@@ -18,6 +18,10 @@ from hunyuan_jax.errors import UserError
 
 VERSION = 1
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32), "uint8": np.dtype(np.uint8)}
+
+
+class DamagedRecord(UserError):
+    """One record that cannot be used, and why; others of its dataset may be sound."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class TextStates:
 
     @property
     def is_encoded(self) -> bool:
-        return len(self.pooled) > 0
+        return self.pooled.size > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,14 +96,15 @@ def to_bytes(record: Clip | Latent) -> bytes:
 
 
 def from_bytes(data: bytes) -> Clip | Latent:
-    """Reads a record back. Raises `UserError` for bytes that are no record of this version."""
+    """Reads a record back. Raises `DamagedRecord` for bytes that are no record of this version."""
     try:
         fields = msgpack.unpackb(data)
         version, kind = fields.pop("v"), fields.pop("kind")
     except (ValueError, KeyError, AttributeError, TypeError, msgpack.UnpackException) as error:
-        raise UserError(f"A record of {len(data)} bytes cannot be read ({error}); the shard is damaged.") from error
+        raise DamagedRecord(f"A record of {len(data)} bytes cannot be read ({error}); the shard is damaged.") from error
     if version != VERSION or kind not in ("Clip", "Latent"):
-        raise UserError(f"A record of kind {kind!r}, version {version!r} came; this code reads version {VERSION}. Write the dataset again.")
+        said = f"A record of kind {kind!r}, version {version!r} came; this code reads version {VERSION}. Write the dataset again."
+        raise DamagedRecord(said)
     try:
         if kind == "Clip":
             return Clip(**fields)
@@ -110,4 +115,4 @@ def from_bytes(data: bytes) -> Clip | Latent:
         )
         return Latent(**fields)
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"A {kind} record has wrong fields ({error}); the shard is damaged. Write the dataset again.") from error
+        raise DamagedRecord(f"A {kind} record has wrong fields ({error}); the shard is damaged. Write the dataset again.") from error

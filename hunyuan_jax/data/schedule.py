@@ -8,7 +8,7 @@ Nothing here depends on the number of hosts or on where a run was stopped: any h
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -70,14 +70,33 @@ class Schedule:
 
     def step(self, number: int) -> Step:
         """What step `number` (from 0) reads."""
+        bucket, positions = self._positions(number)
+        picked = tuple(self.rows[bucket][self._order(bucket, epoch)[place]] for epoch, place in positions)
+        return Step(bucket, picked, tuple(epoch for epoch, _ in positions))
+
+    def instead(self, number: int, slot: int) -> Iterator[int]:
+        """The rows that may stand in for a damaged one in a slot of step `number`'s batch, in order; the first that is sound does.
+
+        Those half an epoch further in the epoch's order and on from there, so that no sample is read twice within a few steps, and
+        another one stands in in every epoch.
+        """
+        bucket, positions = self._positions(number)
+        epoch, place = positions[slot]
+        rows, order = self.rows[bucket], self._order(bucket, epoch)
+        places = ((place + len(rows) // 2 + further) % len(rows) for further in range(len(rows)))
+        return (rows[order[other]] for other in places if other != place)
+
+    def _positions(self, number: int) -> tuple[int, list[tuple[int, int]]]:
+        """The bucket of step `number`, and for each slot of its batch the epoch and the place in that epoch's order."""
         period, place = divmod(number + self.left_out, PERIOD)
         order = _order_of_period(self.seed, tuple(self._counts), period)
         bucket = order[place]
         turn = period * self._counts[bucket] + order[:place].count(bucket)
-        batch, rows = self.buckets[bucket].batch, self.rows[bucket]
-        positions = [divmod(turn * batch + i, len(rows)) for i in range(batch)]
-        picked = tuple(rows[_order_of_epoch(self.seed, bucket, epoch, len(rows))[place]] for epoch, place in positions)
-        return Step(bucket, picked, tuple(epoch for epoch, _ in positions))
+        batch = self.buckets[bucket].batch
+        return bucket, [divmod(turn * batch + i, len(self.rows[bucket])) for i in range(batch)]
+
+    def _order(self, bucket: int, epoch: int) -> np.ndarray:
+        return _order_of_epoch(self.seed, bucket, epoch, len(self.rows[bucket]))
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from hunyuan_jax import flow
 from hunyuan_jax.codec import Codec, load_codec
 from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.dataset import Dataset
 from hunyuan_jax.data.loader import Encode
 from hunyuan_jax.data.records import Latent
@@ -124,8 +125,8 @@ class T2VTask:
             )
         places = {name: place for name, place in config.get("text", {}).items() if place}
         codec = codec.with_text(codec.text.at(places))
-        first = dataset.read([0])[0]
-        if isinstance(first, Latent) and not first.texts[0].is_encoded:
+        first = dataset.first()
+        if isinstance(first, Latent) and not all(text.is_encoded for text in first.texts):
             codec.load_encoder()  # now, where an error is clear, and not in a thread that reads ahead
         null = encode_texts(codec, [""], length=config.data.text_length)
         return cls(model, prediction, loss, sampling, codec, codec.fingerprint(folder), null, config.video.to_dict())
@@ -142,6 +143,17 @@ class T2VTask:
     @property
     def encode_prompts(self) -> Encode:
         return self.codec.encode_prompts
+
+    def batch_shapes(self, bucket: Bucket) -> VideoBatch:
+        def array(*sizes: int, dtype: Any = jnp.float32) -> Any:
+            return jax.ShapeDtypeStruct((bucket.batch, *sizes), dtype)
+
+        latent = array(*self.codec.vae.latent_shape(*bucket.shape)[:3], self.model.in_channels)
+        _, length, text_width = self.null.txt.shape
+        return VideoBatch(
+            sample_id=array(dtype=jnp.uint32), mean=latent, logvar=latent, txt=array(length, text_width),
+            txt_mask=array(length, dtype=jnp.bool_), pooled=array(self.null.pooled.shape[1]),
+        )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         return {

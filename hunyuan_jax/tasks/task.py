@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.dataset import Dataset
 from hunyuan_jax.data.loader import Encode
 
@@ -41,6 +42,9 @@ class Task(Protocol):
     @classmethod
     def planned(cls, config: ConfigDict) -> "Task":
         """The same as far as the training step goes, with zeros for what comes from data and files."""
+
+    def batch_shapes(self, bucket: Bucket) -> VideoBatch:
+        """A batch of the bucket without memory, float32, sharded nowhere."""
 
     def describe(self) -> dict[str, Any]:
         """What the parameters mean, as JSON values: kept beside checkpoints, compared on resume, read by `generate`."""

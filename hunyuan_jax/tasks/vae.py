@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from hunyuan_jax.data.batch import VideoBatch
+from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.data.dataset import Dataset
 from hunyuan_jax.data.transforms import to_uint8
 from hunyuan_jax.errors import UserError
@@ -134,6 +135,11 @@ class VAETask:
         files_apart.loss.lpips_files = ""
         lpips = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), critics.lpips_shapes())
         return dataclasses.replace(cls.from_config(files_apart, None), lpips=lpips)  # type: ignore[arg-type]
+
+    def batch_shapes(self, bucket: Bucket) -> VideoBatch:
+        frames: Any = jax.ShapeDtypeStruct((bucket.batch, *bucket.shape, 3), jnp.float32)
+        ids: Any = jax.ShapeDtypeStruct((bucket.batch,), jnp.uint32)
+        return VideoBatch(sample_id=ids, frames=frames, tiled=bucket.tiled)
 
     def describe(self) -> dict[str, Any]:
         said = {"task": "vae", "model": dataclasses.asdict(self.model)}
