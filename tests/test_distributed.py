@@ -28,8 +28,8 @@ from hunyuan_jax.parallel.distributed import ADDRESS, COUNT, NUMBER, find, tpu_h
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.train import train
 from tests.commands import ROOT
-from tests.tiny_trainings import flip_in_records
 from tests.test_vae_training import MODEL, write_clips
+from tests.tiny_trainings import flip_in_records
 
 EXPLICIT = {ADDRESS: "10.0.0.1:8476", COUNT: "4", NUMBER: "3"}
 TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
