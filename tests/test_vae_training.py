@@ -169,7 +169,8 @@ def test_a_step_without_a_critic_is_bit_for_bit_the_plain_recipe(batch):
     after, metrics = step(state, batch)
     whole, said = expected(params, state.ema, state.opt_state)
     assert equal((after.params, after.ema, after.opt_state), whole)
-    assert {name: float(value) for name, value in metrics.items() if name != "skipped"} == {k: float(v) for k, v in said.items()}
+    of_the_recipe = {name: float(value) for name, value in metrics.items() if name != "skipped" and not name.startswith("data/")}
+    assert of_the_recipe == {k: float(v) for k, v in said.items()}
 
 
 def test_each_network_has_the_gradient_of_its_own_loss_alone(states, params, batch):
