@@ -36,7 +36,6 @@ from hunyuan_jax import bad_steps
 from hunyuan_jax import train as training
 from hunyuan_jax.checkpoint import Checkpoints, Keep, load_params
 from hunyuan_jax.data import loader
-from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.parallel import distributed
 from hunyuan_jax.parallel.lifeline import LOST
@@ -445,14 +444,15 @@ class Spoilt:
         """In this process, from its beginning to its end."""
         read, make_task = loader.ReadStep.__call__, training.make_task
 
-        def spoil(step: loader.ReadStep, number: int) -> VideoBatch:
-            batch = read(step, number)
-            if number + step.schedule.left_out not in self.where:
-                return batch
+        def spoil(step: loader.ReadStep, number: int) -> loader.Read:
+            found = read(step, number)
+            batch = found.batch
+            if number + step.schedule.left_out not in self.where or batch is None:
+                return found
             name = "mean" if batch.frames is None else "frames"
             values = getattr(batch, name).copy()
             values.flat[number % values.size] = self.value
-            return batch.replace(**{name: values})
+            return dataclasses.replace(found, batch=batch.replace(**{name: values}))
 
         loader.ReadStep.__call__ = spoil
         training.make_task = TASKS[self.task]

@@ -71,7 +71,7 @@ def visit(folder: Path, name: str) -> Found | None:
     task, optimizer = make_task(config, dataset), make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
     mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))), jax.devices()[: int(np.prod(sizes))])
     step = jax.jit(make_step(task, optimizer, ema=EmaConfig(), key=jax.random.key(1)))
-    batches = loader.Loader(data, schedule, dataset, sharding=batch_sharding(mesh), steps=STEPS)
+    batches = loader.Loader(data, schedule, dataset, sharding=batch_sharding(mesh), steps=STEPS, workdir=folder, shapes=task.batch_shapes)
     checkpoints, found, expected = Checkpoints(folder), None, folder / "expected"
     with jax.set_mesh(mesh):
         newest = checkpoints.newest_sound()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from absl import logging
 
-from hunyuan_jax import errors, stops
+from hunyuan_jax import errors, held_out, stops
 from hunyuan_jax import train as training
 from hunyuan_jax.errors import explain_disk_error
 from hunyuan_jax.train import train
@@ -150,17 +150,21 @@ def test_metrics_that_are_damaged_or_gone_cost_their_lines_alone(run, whole, tmp
 def test_a_preview_that_cannot_be_written_ends_the_run_with_the_reason_and_what_was_saved_continues(run, whole, tmp_path, monkeypatch):
     how = {"preview_every": 6, "preview_samples": 1}
 
-    def full(path, *_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    write = held_out.write_video
+
+    def full(path, *what, **how):
+        if path.stem != "step_00000000":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, *what, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "write_video", full)
+        patch.setattr(held_out, "write_video", full)
         with pytest.raises(OSError, match="No space left") as error:
             run(tmp_path, **how)
     assert explain_disk_error(error.value).startswith("The disk is full at ")
     run(tmp_path, **how)
     assert same(tmp_path, whole)
-    assert len(list((tmp_path / "previews").iterdir())) == 2
+    assert {path.name for path in (tmp_path / "previews").glob("*.mp4")} == {f"step_{step:08d}.mp4" for step in (0, 6, 8)}
 
 
 def test_a_folder_that_may_not_be_written_is_an_error_that_says_so(run, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from hunyuan_jax.held_out import LABEL_HEIGHT, below_each_other
 from hunyuan_jax.metrics import read_metrics
 from hunyuan_jax.train import LoopConfig, train
 from hunyuan_jax.video_io import read_video
-from tests.faults import Left, Linear, tiny_config, write_clips
+from tests.tiny_trainings import Left, Linear, tiny_config, write_clips
 
 LAST = 12
 LOOP = {"steps": LAST, "log_every": 3, "checkpoint_every": 4, "measure_every": 0, "preview_every": 6, "preview_samples": 2}
