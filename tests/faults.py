@@ -120,6 +120,7 @@ class Processes:
     def __init__(self, starter: Starter, task: str, count: int, folder: Path, *, data: Path) -> None:
         self._starter, port = starter, local.free_port()
         self._codes: list[int | None] = [None] * count
+        self._before, self._folder = _trace("restore", folder / "run"), folder / "run"
         told = [local.variables(n, processes=count, port=port) if count > 1 else {} for n in range(count)]
         what = {"task": task, "data": str(data), "workdir": str(folder / "run"), "batch": max(2, count), "log": str(folder / "log.txt")}
         self._numbers = [starter.ask(**what, environment=environment) for environment in told]
@@ -135,6 +136,11 @@ class Processes:
     def run(self) -> bool:
         """Whether none has ended."""
         return all(code is None for code in self.codes())
+
+    @property
+    def together(self) -> bool:
+        """Whether they have found each other: before that they wait for one that is lost, as for a host that is yet to come."""
+        return _trace("restore", self._folder) != self._before
 
     def wait(self, seconds: float) -> list[int | None]:
         """The codes, when all have ended or so much time has passed; what still runs then is killed."""
@@ -241,7 +247,8 @@ def kill(tally: Tally, processes: Processes, workdir: Path, *, draw: random.Rand
         return False
     signals, expected = KINDS[tally.kind]
     everyone = range(tally.processes)
-    victims = everyone if tally.kills and draw.random() < 0.5 else (draw.choice(everyone),)
+    one = processes.together and (not tally.kills or draw.random() < 0.5)
+    victims = (draw.choice(everyone),) if one else everyone
     processes.send(signals, victims, between=lambda: draw.uniform(0.0, 0.05))
     sent = time.monotonic()
     codes = processes.wait(60 * MINUTES if tally.processes == 1 else END_SECONDS)

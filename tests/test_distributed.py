@@ -172,9 +172,8 @@ def run_local(*arguments: str, processes: int = 2, **variables: str) -> subproce
 
 
 def test_local_processes_are_told_who_they_are():
-    told = (
-        'import os; print("|".join(os.environ[n] for n in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")), flush=True)'
-    )
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    told = f"import os; os.write(1, ('|'.join(os.environ[n] for n in {names}) + chr(10)).encode())"  # all at once, into one pipe
     done = run_local(sys.executable, "-c", told, processes=3)
     rows = sorted(line.split("|") for line in done.stdout.splitlines())
     assert done.returncode == 0
@@ -352,6 +351,30 @@ def test_a_host_that_is_lost_ends_the_others_within_a_minute_with_a_line_that_na
     assert f") {how}" in said
     assert said.endswith("the same command continues from the newest checkpoint.")
     assert lifeline.SILENT_SECONDS + 20 <= 60
+
+
+ALONE = """
+import sys
+from hunyuan_jax.errors import run_command
+from hunyuan_jax.parallel import distributed
+distributed.START_SECONDS = int(sys.argv[1])
+run_command(lambda _: distributed.initialize())
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code", "says"), [("2", lifeline.LOST, "came within 2 s"), ("100", 130, "interrupted")])
+def test_who_waits_for_hosts_that_do_not_come_says_so_and_hears_ctrl_c(seconds, code, says):
+    environment = os.environ | {ADDRESS: f"127.0.0.1:{free_port()}", COUNT: "2", NUMBER: "0"}
+    command = [sys.executable, "-c", ALONE, seconds]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert "Joining a run of several processes" in process.stderr.readline()
+        if code == 130:
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == code, said
+    assert says in said
+    assert "Traceback" not in said
 
 
 CONFIG = """

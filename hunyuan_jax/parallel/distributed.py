@@ -13,10 +13,12 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
@@ -25,13 +27,14 @@ from jax._src.distributed import global_state  # the store that processes share 
 
 from hunyuan_jax import errors
 from hunyuan_jax.errors import UserError
-from hunyuan_jax.parallel.lifeline import HELLO_SECONDS, Lifeline
+from hunyuan_jax.parallel.lifeline import HELLO_SECONDS, LOST, Lifeline
 
 START_SECONDS = 300  # that processes wait for the others at the start: images are pulled and disks mounted meanwhile
 HEARTBEAT_SECONDS = 50  # without a sign of life, after which JAX ends all others; `lifeline.py` comes before it
 SHUTDOWN_SECONDS = 30  # that a process which is done waits for the others
 PARTING_SECONDS = 2  # that a process which failed stays: others with the same mistake can say it, before they lose this one
-FAILED = (1, 2)  # exit codes of a process that the others lose; one with another has done what it was asked
+FAILED = (1, 2)  # exit codes of a process whose end the others do not share
+TOGETHER_SECONDS = 10  # that a process which was asked to end waits for the others, which were asked too
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -53,16 +56,36 @@ def initialize() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler would take SIGTERM for itself, and a process that is told to end would train on until it is killed.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        **arguments,
-        initialization_timeout=START_SECONDS,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )
+    errors.leave = os._exit  # Python's own end would wait for JAX, which waits for the others
+    joining: Future[None] = Future()
+    threading.Thread(target=_join, args=(arguments, joining), name="joining", daemon=True).start()
+    try:
+        joining.result(timeout=START_SECONDS)  # here Ctrl-C is heard; within JAX it is not
+    except TimeoutError:
+        print(
+            f"error: not all processes of this run came within {START_SECONDS} s (this is {said}). "
+            "Their logs say why, if they were started; the same command tries again.",
+            file=sys.stderr,
+            flush=True,
+        )
+        errors.leave(LOST)
     lifeline = _hold_on()
     # A process that ends as usual waits for the others, which wait for it in the middle of a step.
     errors.leave = functools.partial(_end_at_once, lifeline)
     sys.excepthook = functools.partial(_say_and_end, lifeline)
+
+
+def _join(arguments: Mapping[str, Any], joining: Future[None]) -> None:
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=START_SECONDS + 30,  # what JAX says then is a trace of C++
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+        joining.set_result(None)
+    except BaseException as error:
+        joining.set_exception(error)
 
 
 def _hold_on() -> Lifeline:
@@ -153,12 +176,20 @@ def _metadata(environment: Mapping[str, str], key: str) -> str:
 
 
 def _end_at_once(lifeline: Lifeline, code: int) -> None:
-    if code not in FAILED:
-        lifeline.part()
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(PARTING_SECONDS)
+    if code in FAILED:
+        time.sleep(PARTING_SECONDS)
+    else:
+        leaving = threading.Thread(target=_leave_together, args=(lifeline,), daemon=True)
+        leaving.start()
+        leaving.join(TOGETHER_SECONDS)
     os._exit(code)
+
+
+def _leave_together(lifeline: Lifeline) -> None:
+    jax.distributed.shutdown()  # waits for the others; who comes by here is missed by none of them
+    lifeline.part()
 
 
 def _say_and_end(lifeline: Lifeline, kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
