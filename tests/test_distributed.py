@@ -268,6 +268,24 @@ def test_a_process_that_has_done_its_part_is_not_missed(lifelines):
     assert ends == [[], [], []]
 
 
+def test_at_the_end_nobody_is_lost_who_only_goes_first():
+    """Who has parted tells nobody of an end, and who was told a bye hears of none that comes after it."""
+    ends: list[str] = []
+    (here, one), (there, other) = socket.socketpair(), socket.socketpair()
+    first = lifeline.Lifeline(0, 3, end=ends.append)
+    first._add(here, "process 1 of 3")
+    first._add(there, "process 2 of 3")
+    first.part()
+    one.close()
+    first._hear(here)
+    assert other.recv(100) == lifeline.BYE
+    second = lifeline.Lifeline(2, 3, end=ends.append)
+    second._add(other, "process 0 of 3")
+    there.send(lifeline.BEAT + lifeline.BYE + lifeline.GONE + b"process 1 of 3 has ended\n")
+    second._hear(other)
+    assert ends == []
+
+
 def test_silence_is_a_loss(lifelines, monkeypatch):
     lines, ends = lifelines
     monkeypatch.setattr(lifeline, "SILENT_SECONDS", 1.0)

@@ -103,10 +103,11 @@ class Lifeline:
         except OSError:
             said = b""
         self._heard[there] = time.monotonic()
-        if GONE in said:
-            self._say(said.partition(GONE)[2].decode(errors="replace").strip())
-        elif BYE in said:
+        words = said.lstrip(BEAT)
+        if words.startswith(BYE):  # whatever comes after it is no longer our concern
             self._forget(there)
+        elif words.startswith(GONE):
+            self._tell(words.removeprefix(GONE).decode(errors="replace").strip())
         elif not said:
             self._lose(there, "has ended or can no longer be reached; its log says why if it could say so")
 
@@ -131,14 +132,15 @@ class Lifeline:
     def _lose(self, there: socket.socket, how: str) -> None:
         said = f"{self._names[there]} {how}"
         self._forget(there)
-        for other in self._names:
-            _send(other, GONE + f"{said}\n".encode())
-        self._say(said)
+        self._tell(said)
 
-    def _say(self, said: str) -> None:
+    def _tell(self, said: str) -> None:
+        """Tells the others who is lost, and ends; not where this process has parted, since all who were told of that may go."""
         with self._lock:
             if not self._parted:
                 self._parted = True
+                for other in self._names:
+                    _send(other, GONE + f"{said}\n".encode())
                 self._end(said)
 
 
