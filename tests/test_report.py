@@ -155,6 +155,9 @@ def test_what_is_watched_has_its_charts_and_of_many_layers_a_few_lines(run):
         r'<figcaption><b>([^<]*)</b>(.*?)</figcaption>', text)}  # fmt: skip
     assert keys["Throughput"] == ["samples", "frames"]
     assert keys["Memory of a process"] == ["host_gib"]
+    blocks = re.findall(r"<details><summary>Norms of gradients(.*?)</details>", text)
+    assert [part.count("<figure") for part in blocks] == [1, 1]
+    assert text.count("<b>grad norm/double blocks</b>") == 2  # there alone
     assert keys["grad norm/double blocks"] == ["00", "05", "10", "14", "19"]
     assert keys["Goodput, the share of time that the model kept"] == ["last"]
 
