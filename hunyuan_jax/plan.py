@@ -44,7 +44,8 @@ from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.state import abstract_state
 from hunyuan_jax.tasks import planned_task
 from hunyuan_jax.tasks.task import Task
-from hunyuan_jax.train_step import EmaConfig, TrainState, init_critic_state, init_state, make_step
+from hunyuan_jax.train import LoopConfig
+from hunyuan_jax.train_step import EmaConfig, TrainState, configured_step, init_critic_state, init_state, make_step
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("a100", "h100", "h100pcie", "h200")
@@ -289,11 +290,12 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, 
     """The compiled training step of a bucket on the config's mesh of these devices, with training's compiler options and `more`."""
     task = planned_task(config)
     mesh = make_mesh(build(MeshConfig, config.mesh, where="mesh"), devices)
+    loop, ema = build(LoopConfig, config.train, where="train"), build(EmaConfig, config.ema, where="ema")
     settings = build(OptimizerConfig, config.optimizer, where="optimizer")
-    optimizer, ema = make_optimizer(settings), build(EmaConfig, config.ema, where="ema")
-    step = make_step(task, optimizer, ema=ema, key=jax.random.key(0), accumulate=settings.accumulate)
-    state = abstract_state(task, optimizer, mesh)  # outside the mesh, whose devices can compute nothing
-    options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=config.train.get("tuned_compiler", False)), **(more or {})}
+    step = configured_step(task, settings, ema=ema, key=jax.random.key(0), block_norms=loop.block_norms)
+    # Outside the mesh, whose devices can compute nothing.
+    state = abstract_state(task, make_optimizer(settings), mesh, spike_window=settings.spike_window)
+    options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=loop.tuned_compiler), **(more or {})}
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
         return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch_shapes(task, bucket, mesh)).compile(options)

@@ -40,7 +40,7 @@ from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.state import abstract_state, make_state
 from hunyuan_jax.tasks import make_task
 from hunyuan_jax.tasks.task import Task
-from hunyuan_jax.train_step import EmaConfig, TrainState, check_accumulation, make_step
+from hunyuan_jax.train_step import EmaConfig, TrainState, check_accumulation, configured_step
 from hunyuan_jax.weights import LICENCE, LICENCE_KEY, differences, open_weights
 
 
@@ -212,43 +212,18 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
     """
     ledger, last_sign = Ledger(), metrics.last_written(workdir)
     setup = Setup.from_config(config)
-    loop, task, mesh = setup.loop, setup.task, setup.mesh
+    loop = setup.loop
     open_folder(workdir, setup, config)
 
-    optimizer = make_optimizer(setup.optimizer)
-    key = jax.random.key(config.seed)
-    settings = setup.optimizer
-    how = {"accumulate": settings.accumulate, "skip_above": settings.skip_above, "block_norms": loop.block_norms}
-    step = make_step(task, optimizer, ema=setup.ema, key=key, **how)  # type: ignore[arg-type]
     with (
         stops.Stop(grace_seconds=loop.grace_seconds, code=stopped_code) as stop,
         stops.Watchdog(workdir, seconds=loop.watchdog_seconds) as watchdog,
         Profiler(workdir, steps=loop.profile_steps, signal_steps=loop.profile_signal_steps) as profiler,
-        jax.set_mesh(mesh),
+        jax.set_mesh(setup.mesh),
         contextlib.closing(Checkpoints(workdir, keep=loop.kept)) as checkpoints,
     ):
         stop.saved = lambda: checkpoints.committed
-        agreement = stops.Agreement(stop, mesh)
-        abstract = abstract_state(task, optimizer, mesh, spike_window=settings.spike_window)
-        options = step_options(mesh.devices.flat[0].device_kind, tuned=loop.tuned_compiler)
-        run = Run(
-            setup=setup,
-            workdir=workdir,
-            make_state=functools.partial(
-                make_state, task, optimizer, key=key, mesh=mesh, start=config.start, spike_window=settings.spike_window
-            ),
-            abstract=abstract,
-            step_fn=agreement.jit(step, state=abstract, options=options),
-            held_out=setup.held_out(workdir, key=key),
-            checkpoints=checkpoints,
-            stop=stop,
-            agreement=agreement,
-            watchdog=watchdog,
-            profiler=profiler,
-            ledger=ledger,
-        )
-        if loop.keep_best:
-            run.held_out.check(loop.keep_best, run.abstract)
+        run = make_run(config, setup, workdir, checkpoints=checkpoints, stop=stop, watchdog=watchdog, profiler=profiler, ledger=ledger)
         with ledger.spending("restoring"):
             state, position = run.state_at(checkpoints.newest_sound())
         if position.ledger is not None:
@@ -268,6 +243,29 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
             errors.leave(stopped_code)
     else:
         logging.info("%s: trained to step %d", workdir, loop.steps)
+
+
+def make_run(config: ConfigDict, setup: Setup, workdir: Path, *, stop: stops.Stop, **rest: Any) -> Run:
+    """The run, with its step yet to be compiled and its first state yet to be made; `rest` are fields of it that are at work already."""
+    loop, settings, mesh, key = setup.loop, setup.optimizer, setup.mesh, jax.random.key(config.seed)
+    what = {"task": setup.task, "optimizer": make_optimizer(settings), "mesh": mesh, "spike_window": settings.spike_window}
+    agreement, abstract = stops.Agreement(stop, mesh), abstract_state(**what)
+    step = configured_step(setup.task, settings, ema=setup.ema, key=key, block_norms=loop.block_norms)
+    options = step_options(mesh.devices.flat[0].device_kind, tuned=loop.tuned_compiler)
+    run = Run(
+        setup=setup,
+        workdir=workdir,
+        make_state=functools.partial(make_state, **what, key=key, start=config.start),
+        abstract=abstract,
+        step_fn=agreement.jit(step, state=abstract, options=options),
+        held_out=setup.held_out(workdir, key=key),
+        stop=stop,
+        agreement=agreement,
+        **rest,
+    )
+    if loop.keep_best:
+        run.held_out.check(loop.keep_best, abstract)
+    return run
 
 
 def open_folder(workdir: Path, setup: Setup, config: ConfigDict) -> None:

@@ -27,7 +27,7 @@ from hunyuan_jax.block_norms import norms_by_block
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.errors import UserError
-from hunyuan_jax.optimizer import make_optimizer
+from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.sharding import BATCH_AXES
 from hunyuan_jax.spikes import Spikes
 from hunyuan_jax.tasks.critic import AdversarialTask
@@ -170,6 +170,14 @@ def make_step(
         return state, {"loss": loss, "grad_norm": grad_norm, "skipped": skipped.astype(jnp.float32), **metrics}
 
     return step
+
+
+def configured_step(task: Task, settings: OptimizerConfig, *, ema: EmaConfig, key: PRNGKeyArray, block_norms: bool) -> Step:
+    """The step of a training with these settings, whether it is run or planned."""
+    return make_step(
+        task, make_optimizer(settings), ema=ema, key=key, accumulate=settings.accumulate, skip_above=settings.skip_above,
+        block_norms=block_norms,
+    )  # fmt: skip
 
 
 def _norms(grads: Params, params: Params) -> dict[str, Float[Array, "..."]]:

@@ -22,10 +22,8 @@ from configs import vae as recipe
 from data_prep.encode import load_vae
 from hunyuan_jax import convert, report
 from hunyuan_jax.checkpoint import load_params
-from hunyuan_jax.data import records
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket
-from hunyuan_jax.data.dataset import write_index, write_shard
 from hunyuan_jax.data.loader import DataConfig
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.export import export
@@ -45,8 +43,8 @@ from hunyuan_jax.tasks.task import normal_like, sample_keys
 from hunyuan_jax.tasks.vae import VAELossConfig, psnr_db, sharpness, ssim
 from hunyuan_jax.train import LoopConfig, train
 from hunyuan_jax.train_step import EmaConfig, average, init_critic_state, init_state, make_step
-from hunyuan_jax.video_io import encode_mp4
 from tests.commands import run_module
+from tests.tiny_trainings import write_clips
 
 MODEL = VAEConfig(
     block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, latent_channels=2, spatial_compression=1, temporal_compression=1,
@@ -341,23 +339,6 @@ def test_the_full_size_step_of_the_last_stage_compiles_for_tpus_and_fits_them(mo
 
 
 # --- Runs ----------------------------------------------------------------------------------------------------------------------
-
-
-def write_clips(folder: Path) -> None:
-    """A dataset of 8 clips of 5 frames of noise."""
-    items = []
-    for n in range(8):
-        frames = np.random.default_rng(n).integers(0, 255, (5, 16, 16, 3), np.uint8)
-        items.append(
-            records.Clip(
-                id=f"clip-{n}", video=encode_mp4(frames, fps=8), fps=8.0, num_frames=5, height=16, width=16, caption={}, camera="",
-                source=f"{n}.mp4", start_seconds=0.0, end_seconds=1.0, scores={},
-            )
-        )  # fmt: skip
-    folder.mkdir()
-    shard = write_shard(folder / "clips-0.array_record", [records.to_bytes(item) for item in items])
-    rows = [{"id": x.id, "shard": shard["name"], "index": i, "source": x.source, "num_frames": 5} for i, x in enumerate(items)]
-    write_index(folder, kind="Clip", rows=rows, shards=[shard], made_from={})
 
 
 @pytest.fixture(scope="module")
