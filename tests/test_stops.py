@@ -357,7 +357,7 @@ def test_the_best_checkpoint_stays_and_its_metric_must_be_known(run, tmp_path):
 
 def test_a_state_that_is_not_finite_is_not_saved_and_the_run_goes_on(run, tmp_path, monkeypatch, caplog):
     """An update that overflows after a finite gradient: the guard of the step cannot know."""
-    take = training.make_step
+    take = training.configured_step
 
     def overflowing(*args, **kwargs):
         step = take(*args, **kwargs)
@@ -369,7 +369,7 @@ def test_a_state_that_is_not_finite_is_not_saved_and_the_run_goes_on(run, tmp_pa
 
         return spoiled
 
-    monkeypatch.setattr(training, "make_step", overflowing)
+    monkeypatch.setattr(training, "configured_step", overflowing)
     logging.use_python_logging()
     run(tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"8", "12"}
