@@ -1,6 +1,6 @@
 """Starts a command as several processes of one run on this machine, as a pod's hosts would start it:
 
-    python launch/local.py --processes 2 -- python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR ...
+    python -m launch.local --processes 2 -- python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR ...
 
 Each process finds itself in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. SIGINT and SIGTERM are passed on. When one
 process fails the others are ended, and its exit code is this program's; 128 and the signal's number for one that a signal ended.
@@ -8,7 +8,6 @@ process fails the others are ended, and its exit code is this program's; 128 and
 
 import argparse
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -16,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
+
+from launch.children import ends_with_parent, passing_signals_to
 
 GRACE_SECONDS = 90.0  # that processes have to end after a signal; a training saves meanwhile
 POLL_SECONDS = 0.02
@@ -38,12 +38,12 @@ def variables(number: int, *, processes: int, port: int) -> dict[str, str]:
 def run(command: Sequence[str], *, processes: int, port: int) -> int:
     """Runs the processes to their end and gives the exit code of the first that failed, 0 where none did."""
     started: list[subprocess.Popen[bytes]] = []
-    with _passing_signals_to(started) as received:
+    with passing_signals_to(started) as received:
         try:
             for number in range(processes):
                 environment = os.environ | variables(number, processes=processes, port=port)
                 # In a group of its own, so that a terminal does not send it the signals that are passed on to it.
-                how = {"env": environment, "stdin": subprocess.DEVNULL, "process_group": 0, "preexec_fn": _ends_with_parent()}
+                how = {"env": environment, "stdin": subprocess.DEVNULL, "process_group": 0, "preexec_fn": ends_with_parent()}
                 started.append(subprocess.Popen(command, **how))  # type: ignore[call-overload]
             code = _wait(started, received)
         finally:
@@ -82,35 +82,8 @@ def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-@contextlib.contextmanager
-def _passing_signals_to(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Passes SIGINT and SIGTERM on to processes and gives the list of those that came."""
-    received: list[int] = []
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        for process in started:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ends_with_parent() -> Callable[[], None] | None:
-    """What a child does first, so that it gets SIGTERM when this process is killed; only Linux knows how."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    set_parent_death_signal = 1
-    return lambda: prctl(set_parent_death_signal, signal.SIGTERM)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="local.py", description="Starts a command as several processes of one run on this machine.")
+    parser = argparse.ArgumentParser(prog="launch.local", description="Starts a command as several processes of one run on this machine.")
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="how many")
     parser.add_argument("--port", type=int, default=0, help="where the first process listens for the others (default: a free one)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")

@@ -9,7 +9,6 @@ added up over all attempts; time lost to a kill counts too.
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import json
@@ -19,17 +18,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
+
+from launch.children import ends_with_parent, passing_signals_to
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 1.0  # between two measurements of memory
 SAVE_SECONDS = 5.0  # between two writes of the time used; a kill loses at most this much of the account
 GRACE_SECONDS = 60.0  # that a step has to end after a signal
+STOPPED = 128 + signal.SIGTERM  # exit code of a training that someone told to stop, and that has saved and is not done
 # What makes small programs on a CPU quick; what the user has set stands. XLA frees its temporary memory after every step, and huge
 # pages make faulting it in again cheap; the lowest level that optimises compiles sooner and runs as fast (BENCHMARKS.md).
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "XLA_FLAGS": "--xla_backend_optimization_level=1"}
@@ -53,7 +54,10 @@ def _training(name: str, says: str, *, part: str, data: str, expected_seconds: f
     return Step(
         name=name,
         says=says,
-        arguments=("hunyuan_jax.train", config, "--workdir", f"{{run}}/{name}", f"--config.data.path={{run}}/{data}", *more),
+        arguments=(
+            *("hunyuan_jax.train", config, "--workdir", f"{{run}}/{name}", f"--config.data.path={{run}}/{data}"),
+            *(f"--stopped_code={STOPPED}", *more),
+        ),
         leaves=f"{name}/checkpoints",
         expected_seconds=expected_seconds,
     )
@@ -222,15 +226,17 @@ def _run_step(step: Step, folder: Path, head: str) -> None:
         env=ENVIRONMENT | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", OWNER: str(folder)},
         stdin=subprocess.DEVNULL,
         process_group=0,
-        preexec_fn=_ends_with_parent(),
+        preexec_fn=ends_with_parent(),
     )
-    with _passing_signals_to(process) as received:
+    with passing_signals_to([process]) as received:
         code = _watch(process, account, received)
     # Workers that a step left behind would go on writing under the next one.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    if received:
-        raise QuickstartError(f"{head} {step.name} was interrupted; the same command continues here", 128 + received[0])
+    if received or code == STOPPED:
+        raise QuickstartError(
+            f"{head} {step.name} was interrupted; the same command continues here", 128 + received[0] if received else code
+        )
     if code:
         again = "Run the same command again; it continues here."
         raise QuickstartError(
@@ -252,32 +258,6 @@ def _watch(process: subprocess.Popen[bytes], account: "_Account", received: list
                 process.kill()
     account.finish()
     return code
-
-
-@contextlib.contextmanager
-def _passing_signals_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Passes SIGINT and SIGTERM on to the step and gives the list of those that came."""
-    received: list[int] = []
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ends_with_parent() -> Callable[[], None] | None:
-    """What a child does first, so that it gets SIGTERM when this process is killed; only Linux knows how."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    set_parent_death_signal = 1
-    return lambda: prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -9,4 +9,4 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment "$root/requirements.txt" quickstart
-exec "$python" "$root/launch/quickstart.py" "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -P -m launch.quickstart "$@"

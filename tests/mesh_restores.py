@@ -117,7 +117,7 @@ def coming(batches: loader.Loader, *, before: int) -> np.ndarray:
 def visit_in_processes(folder: Path, name: str, count: str) -> Found:
     """The same in processes of their own."""
     member = [sys.executable, "-m", "tests.mesh_restores", "--visit", str(folder), name]
-    command = [sys.executable, "launch/local.py", "--processes", count, "--", *member]
+    command = [sys.executable, "-m", "launch.local", "--processes", count, "--", *member]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     if done.returncode:
         raise SystemExit(f"The processes ended in {done.returncode}: {done.stderr[-3000:]}")

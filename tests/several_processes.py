@@ -1,4 +1,4 @@
-"""One of several processes of a run; `test_distributed.py` starts them with `launch/local.py`.
+"""One of several processes of a run; `test_distributed.py` starts them with `launch.local`.
 
 python -m tests.several_processes WHAT
 

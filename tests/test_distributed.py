@@ -33,7 +33,7 @@ from tests.tiny_trainings import flip_in_records
 
 EXPLICIT = {ADDRESS: "10.0.0.1:8476", COUNT: "4", NUMBER: "3"}
 TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
-LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
+LOCAL = [sys.executable, "-m", "launch.local"]
 
 
 def test_a_process_that_is_told_nothing_is_alone():

@@ -1,6 +1,5 @@
 """Laws of the quickstart: what is done is not done again, a kill loses one step's work at most, signals and codes go through."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from launch import quickstart
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"]
@@ -30,32 +31,22 @@ if "environment" in rest:
     (run / "flags").write_text(os.environ["XLA_FLAGS"])
 while "wait" in rest and not (run / "go").exists():
     time.sleep(0.05)
+if "stop" in rest and not (run / "go").exists():
+    sys.exit(143)
 if "fail" in rest and not (run / "go").exists():
     sys.exit(7)
 (run / word).write_text(word)
 """
 
 DRIVER = """
-import importlib.util, json, pathlib, signal, sys
+import json, signal, sys
+from launch import quickstart
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has switched off for what it runs in the background
-spec = importlib.util.spec_from_file_location("quickstart", sys.argv[1])
-quickstart = importlib.util.module_from_spec(spec)
-sys.modules["quickstart"] = quickstart
-spec.loader.exec_module(quickstart)
 quickstart.SAMPLE_SECONDS = 0.1
-steps = [quickstart.Step(**step) for step in json.loads(sys.argv[3])]
+steps = [quickstart.Step(**step) for step in json.loads(sys.argv[2])]
 quickstart.quickstart_steps = lambda from_scratch, long: tuple(steps)
-sys.exit(quickstart.main([sys.argv[2], *sys.argv[4:]]))
+sys.exit(quickstart.main([sys.argv[1], *sys.argv[3:]]))
 """
-
-
-@pytest.fixture(scope="module")
-def quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quickstart"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -78,8 +69,8 @@ def fake_steps(*specs):
 
 def start(modules, *specs, options=(), **variables):
     run = modules.parent / "run"
-    arguments = [sys.executable, "-c", DRIVER, str(ROOT / "launch" / "quickstart.py"), str(run), json.dumps(fake_steps(*specs)), *options]
-    environment = os.environ | {"PYTHONPATH": str(modules)} | variables
+    arguments = [sys.executable, "-c", DRIVER, str(run), json.dumps(fake_steps(*specs)), *options]
+    environment = os.environ | {"PYTHONPATH": f"{modules}{os.pathsep}{ROOT}"} | variables
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=modules)
 
 
@@ -155,7 +146,7 @@ def test_a_killed_quickstart_continues_and_leaves_no_process_behind(modules):
     assert log_of(modules) == ["a", "b", "b", "c"]
 
 
-def test_processes_of_a_killed_quickstart_are_ended_before_the_next(modules, quickstart):
+def test_processes_of_a_killed_quickstart_are_ended_before_the_next(modules):
     folder = modules.parent / "run"
     mark = os.environ | {quickstart.OWNER: str(folder)}
     ours = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=mark)
@@ -181,6 +172,24 @@ def test_a_signal_ends_the_step_and_the_quickstart(modules, number):
     assert "interrupted" in said
     assert psutil.wait_procs(children, timeout=10)[1] == []
     assert "a" not in json.loads((modules.parent / "run" / ".steps.json").read_text())["done"]
+
+
+def test_a_step_that_alone_was_told_to_stop_is_not_done(modules):
+    """As a training is that gets SIGTERM without the quickstart, with what it leaves in place: it has saved, and said so by its code."""
+    run = modules.parent / "run"
+    run.mkdir()
+    (run / "a").touch()
+    code, said = finish(start(modules, "a stop", "b"))
+    assert (code, log_of(modules)) == (143, ["a"])
+    assert "[1/2] a was interrupted; the same command continues here" in said
+    (run / "go").touch()
+    assert finish(start(modules, "a stop", "b"))[0] == 0
+    assert log_of(modules) == ["a", "a", "b"]
+    trainings = [
+        step.arguments for step in quickstart.quickstart_steps(from_scratch=True, long=False) if step.leaves.endswith("/checkpoints")
+    ]
+    assert len(trainings) == 3
+    assert all("--stopped_code=143" in arguments for arguments in trainings)
 
 
 def test_a_failed_step_gives_its_code_and_is_tried_again(modules):
@@ -234,7 +243,7 @@ def test_a_damaged_state_file_is_one_clear_error(modules):
     assert "Traceback" not in said
 
 
-def test_each_step_leaves_what_its_followers_read(quickstart):
+def test_each_step_leaves_what_its_followers_read():
     for from_scratch, long in itertools.product((False, True), repeat=2):
         steps = quickstart.quickstart_steps(from_scratch=from_scratch, long=long)
         made = set()
@@ -247,7 +256,7 @@ def test_each_step_leaves_what_its_followers_read(quickstart):
         assert all(Path(ROOT, *step.arguments[0].split(".")).parent.is_dir() for step in steps)
 
 
-def test_closing_words_give_the_figures(quickstart, tmp_path):
+def test_closing_words_give_the_figures(tmp_path):
     fractions = {"colour": 0.98, "shape": 0.8, "direction": 0.96}
     summary = {"seconds": 663.2, "peak_gib": 3.21, "vae_psnr_db": 28.64, "accuracy": fractions, "accuracy_unseen": None}
     said = quickstart.closing_words(tmp_path, summary)

@@ -1,0 +1,1 @@
+"""Scripts that start runs: on this machine, on a cluster, in a cloud."""
