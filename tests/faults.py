@@ -475,7 +475,8 @@ def judge_of(task: str, data: Path) -> Callable[[Path], float]:
     config = Spoilt.draw(task, 8, random.Random(0)).config(data)
     setup = training.Setup.from_config(config)
     model = TASKS[task](config, setup.dataset)
-    batches = loader.held_out_batches(setup.data, setup.dataset, setup.schedule.buckets[0], limit=16)
+    how = {"limit": 16, "encode": model.encode_prompts, "shapes": model.batch_shapes}
+    batches = loader.held_out_batches(setup.data, setup.dataset, setup.schedule.buckets[0], **how)
     loss = jax.jit(lambda params, batch: model.loss(params, batch, key=jax.random.key(7))[0])
     shapes = jax.eval_shape(model.init, jax.random.key(0))
 
