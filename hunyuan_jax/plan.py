@@ -236,11 +236,11 @@ def dit_flops(config: DiTConfig, bucket: Bucket, mesh: Mapping[str, int], num_tx
 def arithmetic_memory(config: DiTConfig, tokens: int, samples: float, state: tuple[float, ...], mesh: Mapping[str, int]) -> Memory:
     """An estimate: kept activations, the work of one block, and gradients beside the state."""
     blocks = config.num_double_blocks + config.num_single_blocks
-    vectors = samples * tokens / mesh["sequence"] * config.width * 2.0
+    vectors = samples * tokens / mesh["sequence"] * config.width * 2.0 / mesh["tensor"]
     kept = blocks * KEPT_WIDTHS[config.remat] * vectors
     host = blocks * vectors if config.remat == "attention_host" else 0.0
     params, optimizer, average, _ = state
-    return Memory(params, optimizer, average, kept + WORKING_WIDTHS * vectors / mesh["tensor"] + params, host)
+    return Memory(params, optimizer, average, kept + WORKING_WIDTHS * vectors + params, host)
 
 
 def arithmetic_exchanges(

@@ -127,6 +127,33 @@ def test_a_sharded_forward_pass_is_the_unsharded_one():
     assert run_program(SHARDED_FORWARD) == "equal"
 
 
+BETWEEN_PRODUCTS = """
+import jax, jax.numpy as jnp, re
+jax.config.update("jax_num_cpu_devices", 4)
+from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings
+
+config = DiTConfig(width=32, num_heads=2, num_double_blocks=0, num_single_blocks=5, num_refiner_blocks=0, text_dim=12, pooled_dim=6,
+                   in_channels=4, out_channels=4, rope_axes=(4, 6, 6), remat="full")
+mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+laid = lambda shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+inputs = [laid((4, 2, 4, 12, 4)), laid((4,)), laid((4, 8, 12)), laid((4, 8), bool), laid((4, 6))]
+model = DiT(config)
+shapes = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x)["params"], *inputs)
+params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, param_shardings(shapes, mesh))
+loss = lambda params, *x: jnp.sum(model.apply({"params": params}, *x) ** 2)
+with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(loss)).lower(params, *inputs).compile().as_text()
+print(*sorted(set(re.findall(r"f32\\[5,(\\d+,\\d+),32\\]", text))))
+"""
+
+
+def test_tokens_are_split_over_the_tensor_axis_between_products():
+    """What five blocks take, of two samples on two devices: 24 + 8 tokens each, of which a device keeps half."""
+    assert run_program(BETWEEN_PRODUCTS) == "2,16"
+
+
 SPLIT_ROWS = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)

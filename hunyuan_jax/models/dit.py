@@ -59,6 +59,7 @@ REFINER_MLP_RATIO = 4.0  # of the token refiner, whatever the blocks have
 # What each block keeps for the backward pass: all; the results of its attention; the same, in host memory; nothing.
 Remat = Literal["none", "attention", "attention_host", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
+IMAGE = ("sequence",)  # axes of the mesh that image tokens are always split over; text tokens are on every device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,15 +254,17 @@ class DoubleBlock(nn.Module):
         img_attn_mod, img_mlp_mod = self.modulation("img", *conditions.of_stream(0, img.shape[1]))
         txt_attn_mod, txt_mlp_mod = self.modulation("txt", conditions.vec[:, :1], None)
 
-        img_qkv = self.normed_heads("img", modulate(img, img_attn_mod.shift, img_attn_mod.scale))
-        txt_qkv = self.normed_heads("txt", modulate(txt, txt_attn_mod.shift, txt_attn_mod.scale))
+        img_qkv = self.normed_heads("img", split_tokens(modulate(img, img_attn_mod.shift, img_attn_mod.scale), *IMAGE))
+        txt_qkv = self.normed_heads("txt", split_tokens(modulate(txt, txt_attn_mod.shift, txt_attn_mod.scale)))
         img_attn, txt_attn = joint_attention((img_qkv, txt_qkv), conditions)
 
-        img = gated_add(img, img_attn_mod.gate, self.projection("img", img_attn))
-        txt = gated_add(txt, txt_attn_mod.gate, self.projection("txt", txt_attn))
-        img = gated_add(img, img_mlp_mod.gate, self.mlp("img", modulate(img, img_mlp_mod.shift, img_mlp_mod.scale)))
-        txt = gated_add(txt, txt_mlp_mod.gate, self.mlp("txt", modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)))
-        return (split_tokens(img), split_samples(txt)), None
+        img = gated_add(img, img_attn_mod.gate, split_tokens(self.projection("img", img_attn), *IMAGE, "tensor"))
+        txt = gated_add(txt, txt_attn_mod.gate, split_tokens(self.projection("txt", txt_attn), "tensor"))
+        img_mlp = self.mlp("img", split_tokens(modulate(img, img_mlp_mod.shift, img_mlp_mod.scale), *IMAGE))
+        txt_mlp = self.mlp("txt", split_tokens(modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)))
+        img = gated_add(img, img_mlp_mod.gate, split_tokens(img_mlp, *IMAGE, "tensor"))
+        txt = gated_add(txt, txt_mlp_mod.gate, split_tokens(txt_mlp, "tensor"))
+        return (split_tokens(img, *IMAGE, "tensor"), split_tokens(txt, "tensor")), None
 
     def modulation(self, stream: str, vec: Array, clean: Array | None) -> tuple[ModulationOut, ...]:
         return Modulation(2, self.config.compute_dtype, name=f"{stream}_mod")(vec, clean)
@@ -294,18 +297,20 @@ class SingleBlock(nn.Module):
         linear2 = linear(c.width, name="linear2", dtype=c.compute_dtype)
         q_norm, k_norm = RMSNorm(name="q_norm"), RMSNorm(name="k_norm")
         heads, mlps, gates, start = [], [], [], 0
-        for x in streams:
+        over = [IMAGE if n == 0 else () for n in range(len(streams))]  # where all are one stream, nothing is split over `sequence`
+        for x, axes in zip(streams, over, strict=True):
             (mod,) = modulation(*conditions.of_stream(start, x.shape[1]))
             start += x.shape[1]
-            qkv, mlp = jnp.split(linear1(modulate(x, mod.shift, mod.scale)), [3 * c.width], axis=-1)
+            qkv, mlp = jnp.split(linear1(split_tokens(modulate(x, mod.shift, mod.scale), *axes)), [3 * c.width], axis=-1)
             q, k, v = split_heads(qkv, c.num_heads)
             heads.append((q_norm(q), k_norm(k), v))
             mlps.append(mlp)
             gates.append(mod.gate)
         out = []
-        for x, attn, mlp, gate in zip(streams, joint_attention(heads, conditions), mlps, gates, strict=True):
-            out.append(gated_add(x, gate, linear2(jnp.concatenate([attn, gelu_tanh(mlp)], axis=-1))))
-        return (split_tokens(out[0]), *map(split_samples, out[1:])), None
+        for x, axes, attn, mlp, gate in zip(streams, over, joint_attention(heads, conditions), mlps, gates, strict=True):
+            more = split_tokens(linear2(jnp.concatenate([attn, gelu_tanh(mlp)], axis=-1)), *axes, "tensor")
+            out.append(split_tokens(gated_add(x, gate, more), *axes, "tensor"))
+        return tuple(out), None
 
 
 class PatchEmbed(nn.Module):
@@ -372,7 +377,7 @@ class DiT(nn.Module):
         vec = split_samples(self.modulation_vectors(time_features, pooled, guidance, with_clean=clean_frames is not None))
         img = PatchEmbed(c, name="img_in")(latents)
         num_img, devices = img.shape[1], sequence_size()
-        img = split_tokens(jnp.pad(img, ((0, 0), (0, -num_img % devices), (0, 0))))
+        img = split_tokens(jnp.pad(img, ((0, 0), (0, -num_img % devices), (0, 0))), *IMAGE, "tensor")
         txt = TokenRefiner(c, name="txt_in")(txt, time_features, txt_lengths)
         conditions = joint_conditions(c, grid, vec, txt_lengths, num_txt=txt.shape[1], clean_frames=clean_frames, devices=devices)
 
@@ -382,7 +387,7 @@ class DiT(nn.Module):
         streams = (img, txt) if devices > 1 else (jnp.concatenate([img, txt], axis=1),)
         if c.num_single_blocks:
             streams, _ = stacked(SingleBlock, length=c.num_single_blocks, remat=c.remat)(c, name="single_blocks")(streams, conditions)
-        patches = FinalLayer(c, name="final_layer")(streams[0][:, :num_img], vec[:, 0])
+        patches = FinalLayer(c, name="final_layer")(split_tokens(streams[0], *IMAGE)[:, :num_img], vec[:, 0])
         return unpatchify(patches, grid, c.patch_size)[:, : size[0], : size[1], : size[2]].astype(jnp.float32)
 
     def modulation_vectors(self, time_features: Array, pooled: Array, guidance: Array | None, *, with_clean: bool) -> Float[Array, "B E D"]:

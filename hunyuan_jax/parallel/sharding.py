@@ -6,6 +6,7 @@ side that is split between heads or hidden units and over `fsdp` along the other
 leaves it whole. There is no row that catches all: a parameter without a rule is an error.
 """
 
+import math
 import re
 from typing import Any
 
@@ -102,11 +103,18 @@ def sequence_size() -> int:
     return 1 if mesh.empty else mesh.shape["sequence"]
 
 
-def split_tokens(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """Within a program: the same, with samples split over the axes of a batch and tokens over `sequence`, which must divide them."""
-    if jax.sharding.get_abstract_mesh().empty:
+def split_tokens(x: Float[Array, "B L D"], *axes: str) -> Float[Array, "B L D"]:
+    """Within a program: the same, with samples split over the axes of a batch and tokens over `axes`, `tensor` only where it divides them.
+
+    Products take a stream's tokens whole over `tensor`, which splits their heads and hidden units. Norms and sums between them have no
+    such side, so there tokens are split over `tensor` too: Korthikanti et al. 2022 (sequence parallelism).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, "sequence"))
+    if "tensor" in axes and x.shape[1] % math.prod(mesh.shape[axis] for axis in axes):
+        axes = tuple(axis for axis in axes if axis != "tensor")
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, axes))
 
 
 def as_multiplied(kernel: Float[Array, "K N"], name: str) -> Float[Array, "K N"]:
