@@ -102,6 +102,7 @@ def serve() -> dict[str, Any] | None:
 def train_as(task: str, data: str, workdir: str, batch: int, environment: dict[str, str], log: str) -> None:
     """What a fork does: it becomes a process of `hunyuan_jax.train`, whose outputs go to `log`."""
     os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has switched off for what it runs in the background
     for output, number in ((os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), (os.open(os.devnull, os.O_RDONLY), 0)):
         os.dup2(output, number)
     os.dup2(1, 2)
