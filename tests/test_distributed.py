@@ -372,9 +372,10 @@ def test_a_host_that_is_lost_ends_the_others_within_a_minute_with_a_line_that_na
 
 
 ALONE = """
-import sys
+import signal, sys
 from hunyuan_jax.errors import run_command
 from hunyuan_jax.parallel import distributed
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has switched off for what it runs in the background
 distributed.START_SECONDS = int(sys.argv[1])
 run_command(lambda _: distributed.initialize())
 """

@@ -286,6 +286,7 @@ def test_an_environment_is_installed_once_and_again_when_a_pin_changes(tmp_path)
     (tmp_path / "launch").mkdir()
     for name in ("quickstart.sh", "environment.sh"):
         (tmp_path / "launch" / name).write_text((ROOT / "launch" / name).read_text())
+    (tmp_path / "launch" / "__init__.py").touch()
     (tmp_path / "launch" / "quickstart.py").write_text("import sys; print('ran with', *sys.argv[1:])")
     (tmp_path / "requirements.txt").write_text("")
 
