@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from hunyuan_jax.parallel.sharding import as_multiplied
+from hunyuan_jax.parallel.sharding import as_multiplied, as_product
 
 EPSILON = 1e-6
 SINUSOID_FEATURES = 256
@@ -36,7 +36,7 @@ def linear(features: int, *, name: str, dtype: DTypeLike, kernel_init: Initializ
     """A biased linear layer: parameters in float32, the product in `dtype`."""
 
     def product(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-        return jax.lax.dot_general(x, as_multiplied(kernel, name), *args, **kwargs)
+        return as_product(jax.lax.dot_general(x, as_multiplied(kernel, name), *args, **kwargs), kernel, name)
 
     return nn.Dense(features, name=name, dtype=dtype, kernel_init=kernel_init, dot_general=product)
 

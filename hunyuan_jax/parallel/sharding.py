@@ -125,14 +125,29 @@ def as_multiplied(kernel: Float[Array, "K N"], name: str) -> Float[Array, "K N"]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*_split_sides(kernel, name)))
+
+
+def as_product(out: Float[Array, "B L N"], kernel: Float[Array, "K N"], name: str) -> Float[Array, "B L N"]:
+    """Within a program: what tokens times that kernel are, its features split over `tensor` where the kernel's are.
+
+    Said for the way back: the gradient of it comes from tokens that are split over `tensor`, and must change sides before the product.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["tensor"] == 1 or _split_sides(kernel, name)[-1] is None:
+        return out
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(out, PartitionSpec(*[free] * (out.ndim - 1), "tensor"))
+
+
+def _split_sides(kernel: Array, name: str) -> list[str | None]:
+    """The axis `tensor` on the side of a layer's kernel that it splits."""
+    size_of = jax.sharding.get_abstract_mesh().shape
     try:
         axes = rule_for(f"{name}/kernel", kernel.shape)
     except KeyError:  # a name that says nothing without its place
         axes = (None,) * kernel.ndim
-    kept = [
-        "tensor" if axis == "tensor" and size % mesh.shape["tensor"] == 0 else None for axis, size in zip(axes, kernel.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*kept))
+    return ["tensor" if axis == "tensor" and size % size_of["tensor"] == 0 else None for axis, size in zip(axes, kernel.shape, strict=True)]
 
 
 def gathered(params: Any) -> Any:
