@@ -121,6 +121,8 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "measure_every": 1000,
                 "measure_samples": 256,
                 "preview_every": 2000,
+                "stall_seconds": 50.0,
+                "watchdog_seconds": 1800.0,
             },
         }
     )

@@ -3,7 +3,8 @@
     SIGTERM            the step at hand is finished and saved, exit code 0 or what `--stopped_code` says; where that takes longer than
                        the grace time, 143 at once
     SIGINT (Ctrl-C)    the step at hand is finished and saved, exit code 130; a second one: 130 at once
-    nothing moves      after `watchdog_seconds` the stacks of all threads go to stderr and to WORKDIR/hang.txt, exit code 3
+    nothing moves      after `stall_seconds`, or `watchdog_seconds` where there may be something to compile, the stacks of all threads
+                       go to stderr and to WORKDIR/hang.txt, exit code 3
 
 To end at once leaves what is on disk as it is: a checkpoint counts only when it is whole. Signals are heard by a thread, so they are
 answered even while the main thread compiles; where it has nothing new to save, which is so until the first step is done, the process
@@ -11,14 +12,16 @@ ends at once. Of several processes all stop after the same step, whichever of th
 """
 
 import collections
+import dataclasses
 import faulthandler
+import math
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +34,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 HUNG = 3  # exit code of a run that its watchdog ended
 AGREE_AFTER = 2  # steps from a process's wish to stop until all know of it; none waits for the devices meanwhile
 POLL_SECONDS = 0.2
+USUAL = 2  # times that something is done before the watchdog knows how long it takes; the first may compile
+TIMES = 10  # the longest so far, after which it is taken to hang
 
 
 class Stop:
@@ -173,35 +178,95 @@ class Agreement:
         return jax.make_array_from_callback((count,), self._sharding, piece)
 
 
+@dataclasses.dataclass
+class _Begun:
+    """Something under way: what, of which kind, since when, and how the watchdog learns that it is done if the loop does not say so."""
+
+    what: str
+    kind: Hashable
+    done: Callable[[], bool] = lambda: False
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+
 class Watchdog:
-    """Ends a process that has been at one thing for longer than `seconds` (0: never), as a context manager."""
+    """Ends a process in which nothing moves, as a context manager: the loop begins nothing new, and the devices finish no step.
 
-    def __init__(self, workdir: Path, *, seconds: float) -> None:
-        self._path, self._seconds = workdir / "hang.txt", seconds
-        self._ended = threading.Event()
-        self._doing: tuple[str, float] | None = None
+    What has been done USUAL times may take TIMES times the longest so far, but for the first, and `stall_seconds` at least; all else,
+    which may have to be compiled, `seconds`. 0 is no limit. Time in which this process itself stood still does not count.
+    """
 
-    def doing(self, what: str) -> None:
-        """Begins to count anew, for `what`."""
-        self._doing = (what, time.monotonic())
+    def __init__(self, workdir: Path, *, seconds: float, stall_seconds: float) -> None:
+        self._path, self._seconds, self._stall_seconds = workdir / "hang.txt", seconds, stall_seconds
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._doing: _Begun | None = None
+        self._in_flight: collections.deque[_Begun] = collections.deque()
+        self._between: set[Hashable] = set()  # the kinds of what was done since the last step was started
+        self._times: collections.Counter[Hashable] = collections.Counter()
+        self._longest: dict[Hashable, float] = {}
+        self._moved, self._alone = False, jax.process_count() == 1
+
+    def doing(self, what: str, kind: Hashable = None) -> None:
+        """The loop is done with what it did last and begins `what`; the kind None is of what takes another time each time."""
+        with self._lock:
+            if self._doing is not None:
+                self._note(self._doing)
+            self._doing, self._moved = _Begun(what, kind), True
+            self._between.add(kind)
+
+    def started(self, what: str, kind: Hashable, done: Callable[[], bool]) -> None:
+        """The devices were given a step, and `done` says whether they have done it.
+
+        Among several processes, what the loop did before it belongs to its kind: the step may wait for one that takes longer for that.
+        """
+        with self._lock:
+            if not self._alone:
+                kind = None if None in self._between else (kind, frozenset(self._between))
+            self._in_flight.append(_Begun(what, kind, done))
+            self._between.clear()
 
     def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        limits = [seconds for seconds in (self._seconds, self._stall_seconds) if seconds]
+        if limits:
+            self._thread = threading.Thread(target=self._watch, args=(min(1.0, min(limits) / 4),), name="watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _where: TracebackType | None) -> None:
         self._ended.set()
 
-    def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._seconds / 4)):
-            doing = self._doing
-            if doing is not None and time.monotonic() - doing[1] > self._seconds:
-                self._end(doing[0])
+    def _watch(self, poll: float) -> None:
+        silent, before = 0.0, time.monotonic()
+        while not self._ended.wait(poll):
+            now = time.monotonic()
+            silent, before = silent + min(now - before, 2 * poll), now
+            with self._lock:
+                while self._in_flight and self._in_flight[0].done():
+                    self._note(self._in_flight.popleft())
+                    self._moved = True
+                    if self._in_flight:
+                        self._in_flight[0].since = max(now, self._in_flight[0].since)
+                if self._moved:
+                    silent, self._moved = 0.0, False
+                under_way = [thing for thing in (self._doing, *list(self._in_flight)[:1]) if thing]
+                limit, why = max((self._limit(thing.kind) for thing in under_way), default=(math.inf, ""))
+            if silent > limit:
+                self._end(f"Nothing has moved for {limit:.0f} s ({why}) during {', the devices at '.join(it.what for it in under_way)}.")
 
-    def _end(self, what: str) -> None:
-        said = f"Nothing has moved for {self._seconds:.0f} s (train.watchdog_seconds) during {what}. The stacks of all threads:\n"
+    def _note(self, thing: _Begun) -> None:
+        """Remembers how long something took that is done; not the first of a kind, which may have been compiled."""
+        self._times[thing.kind] += 1
+        if self._times[thing.kind] > 1:
+            self._longest[thing.kind] = max(self._longest.get(thing.kind, 0.0), time.monotonic() - thing.since)
+
+    def _limit(self, kind: Hashable) -> tuple[float, str]:
+        if kind is None or self._times[kind] < USUAL or not self._stall_seconds:
+            return self._seconds or math.inf, "train.watchdog_seconds"
+        if (usual := TIMES * self._longest[kind]) > self._stall_seconds:
+            return usual, f"{TIMES} times the longest before"
+        return self._stall_seconds, "train.stall_seconds"
+
+    def _end(self, why: str) -> None:
+        said = f"{why} The stacks of all threads:\n"
         for open_file in (lambda: os.fdopen(os.dup(2), "w"), lambda: self._path.open("w")):
             try:
                 with open_file() as file:
@@ -210,5 +275,5 @@ class Watchdog:
                     faulthandler.dump_traceback(file, all_threads=True)
             except OSError as error:
                 print(f"{self._path} cannot be written: {error}", file=sys.stderr)
-        print(f"\nerror: {said.split(' The stacks')[0]} See {self._path}; the same command continues.", file=sys.stderr, flush=True)
+        print(f"\nerror: {why} See {self._path}; the same command continues.", file=sys.stderr, flush=True)
         os._exit(HUNG)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ class LoopConfig:
     """How long the loop runs and how often it does what; 0 means never.
 
     Kept are the `keep` newest checkpoints, those of every `keep_every` steps, and the best one by the held-out metric `keep_best`, such
-    as "held_out/flow_loss/13x64x64"; `keep_best_most` says that more of it is better. After SIGTERM a run has `grace_seconds` to save, and
-    one that does not move for `watchdog_seconds` is ended. After `rollback_after` bad steps in a row it goes back to a checkpoint, and
+    as "held_out/flow_loss/13x64x64"; `keep_best_most` says that more of it is better. After SIGTERM a run has `grace_seconds` to save. One
+    in which nothing moves is ended: after `stall_seconds`, or ten times the longest so far, in what it has done before, and after
+    `watchdog_seconds` in what it may have to compile. After `rollback_after` bad steps in a row it goes back to a checkpoint, and
     on with the data after them, up to `rollbacks` times. `tuned_compiler` compiles with all options of parallel/compiler_options.py.
     `block_norms` logs the norms of gradients and parameters block by block. The steps `profile_steps`, first and last, are profiled,
     and `profile_signal_steps` of them after SIGUSR1 (`profiling.py`).
@@ -70,6 +71,7 @@ class LoopConfig:
     keep_best_most: bool = False
     grace_seconds: float = 60.0
     watchdog_seconds: float = 1800.0
+    stall_seconds: float = 50.0
     rollback_after: int = 10
     rollbacks: int = 3
     tuned_compiler: bool = False
@@ -80,8 +82,9 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.checkpoint_every, self.log_every, self.keep) < 1:
             raise UserError("train: steps, log_every, checkpoint_every and keep must be at least 1.")
-        if min(self.keep_every, self.grace_seconds, self.watchdog_seconds, self.rollback_after, self.rollbacks) < 0:
-            raise UserError("train: keep_every, grace_seconds, watchdog_seconds, rollback_after and rollbacks must be at least 0.")
+        not_negative = ("keep_every", "grace_seconds", "watchdog_seconds", "stall_seconds", "rollback_after", "rollbacks")
+        if below := [f"{name}={getattr(self, name)}" for name in not_negative if getattr(self, name) < 0]:
+            raise UserError(f"train: {', '.join(below)} must be at least 0.")
         if len(self.profile_steps) != 2 or not 0 <= self.profile_steps[0] <= self.profile_steps[1] or self.profile_signal_steps < 1:
             raise UserError(
                 f"train: profile_steps are the first and the last step of a profile, (0, 0) for none, not {self.profile_steps}, and "
@@ -188,9 +191,9 @@ class Run:
     work: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # of a step, by the buckets whose steps are compiled
 
     @contextlib.contextmanager
-    def at(self, phase: str, what: str, **how: Callable[[], bool]) -> Iterator[None]:
-        """The time of what is done in this context belongs to a phase of the ledger, and the watchdog knows what it is."""
-        self.watchdog.doing(what)
+    def at(self, phase: str, what: str, *, kind: Hashable = None, **how: Callable[[], bool]) -> Iterator[None]:
+        """The time of what is done in this context belongs to a phase of the ledger, and the watchdog knows what it is, and its kind."""
+        self.watchdog.doing(what, kind)
         with self.ledger.spending(phase, **how):
             yield
 
@@ -217,14 +220,14 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
 
     with (
         stops.Stop(grace_seconds=loop.grace_seconds, code=stopped_code) as stop,
-        stops.Watchdog(workdir, seconds=loop.watchdog_seconds) as watchdog,
+        stops.Watchdog(workdir, seconds=loop.watchdog_seconds, stall_seconds=loop.stall_seconds) as watchdog,
         Profiler(workdir, steps=loop.profile_steps, signal_steps=loop.profile_signal_steps) as profiler,
         jax.set_mesh(setup.mesh),
         contextlib.closing(Checkpoints(workdir, keep=loop.kept)) as checkpoints,
     ):
         stop.saved = lambda: checkpoints.committed
         run = make_run(config, setup, workdir, checkpoints=checkpoints, stop=stop, watchdog=watchdog, profiler=profiler, ledger=ledger)
-        with ledger.spending("restoring"):
+        with run.at("restoring", "the restoring of a checkpoint, or the making of the first state"):
             state, position = run.state_at(checkpoints.newest_sound())
         if position.ledger is not None:
             ledger.resume(position.ledger, last_sign=last_sign)
@@ -339,7 +342,7 @@ class Course:
         self._learning_rate = make_schedule(setup.optimizer)
         self._throughput = metrics.Throughput(peak=metrics.peak_of(list(setup.mesh.devices.flat)))
         self._log = metrics.MetricLog(self._schedule.buckets, position.unlogged)
-        self._last: jax.Array | None = None  # of the last step, to see whether the devices are still at work
+        self._last: Any = None  # the loss of the last step, to see whether the devices are still at work
         self._logged = (self._start, float(state.skipped))  # the step of the last line, and how many were skipped until then
         spikes = int(state.spikes.skipped) if state.spikes is not None else 0
         self.bad = BadSteps(limit=setup.loop.rollback_after, skipped=int(state.skipped) - spikes, spikes=spikes, in_a_row=position.in_a_row)
@@ -370,13 +373,14 @@ class Course:
     def step(self, state: TrainState, number: int) -> TrainState:
         """Reads the batch of step `number` (from 0) and takes the step."""
         run, step = self._run, number + 1
-        with run.at("data", f"the reading of the batch of step {step}", hidden=self._at_work):
-            batch = read_batch(self._batches, self._schedule, run.setup.dataset, number)
         bucket = self._schedule.step(number).bucket
+        with run.at("data", f"the reading of the batch of step {step}", kind=("batch", bucket), hidden=self._at_work):
+            batch = read_batch(self._batches, self._schedule, run.setup.dataset, number)
         if run.profiler.begins(step):
             with run.at("profiling", f"the beginning of a profile of step {step}"):
                 run.profiler.begin(step, state)
-        with run.at("productive" if bucket in run.work else "compiling", f"step {step}"), run.profiler.step(step):
+        phase = "productive" if bucket in run.work else "compiling"
+        with run.at(phase, f"the start of step {step}", kind=("step", bucket)), run.profiler.step(step):
             if bucket not in run.work:
                 run.work[bucket] = run.setup.task.work(batch)
             state, values = run.step_fn(state, batch)
@@ -384,6 +388,7 @@ class Course:
             with run.at("profiling", f"the writing of a profile up to step {step}"):
                 run.profiler.end(state)
         self._last = values["loss"]
+        run.watchdog.started(f"step {step}", bucket, self._last.is_ready)
         self._log.add(bucket, values)
         self._throughput.add(samples=len(batch.sample_id), **run.work[bucket])
         self._bar.update()
@@ -392,11 +397,11 @@ class Course:
 
     def _at_work(self) -> bool:
         """Whether the devices have not yet done the last step."""
-        last: Any = self._last
-        return last is not None and not last.is_ready()
+        return self._last is not None and not self._last.is_ready()
 
     def write_line(self, done: int) -> None:
         """The averages of the steps since the last line, and what the machine says."""
+        self._run.watchdog.doing(f"the line of the log after step {done}", "line")
         self._run.checkpoints.check()
         scalars = self._log.take()
         before, skipped = self._logged
@@ -413,10 +418,10 @@ class Course:
         run, loop, videos = self._run, self._run.setup.loop, {}
         measured: dict[str, float] | None = {}
         if _due(done, loop.measure_every, loop.steps):
-            with run.at("measuring", f"measuring after step {done}"):
+            with run.at("measuring", f"measuring after step {done}", kind="measures"):
                 measured = run.held_out.measure(state, stop=run.stop)
         if _due(done, loop.preview_every, loop.steps) and measured is not None and not run.stop.cuts_short:
-            with run.at("measuring", f"the preview after step {done}"):
+            with run.at("measuring", f"the preview after step {done}", kind="preview"):
                 videos = run.held_out.preview(state, done)
         elif _due(done, loop.preview_every, loop.steps):
             measured = None
@@ -430,7 +435,7 @@ class Course:
     def save(self, state: TrainState, done: int, measured: dict[str, float] | None) -> None:
         """Begins to save the state after step `done` and all that going on from it takes; `measured` is None where that is owed."""
         run, loop = self._run, self._run.setup.loop
-        with run.at("saving", f"the saving of step {done}"):
+        with run.at("saving", f"the saving of step {done}", kind="saving"):
             self._writer.flush()
             position = dataclasses.replace(
                 self._position,
@@ -452,7 +457,7 @@ def go_back(run: Run, position: Position, bad: list[BadStep]) -> tuple[TrainStat
     """
     loop, first, last = run.setup.loop, bad[0].step, bad[-1].step
     run.profiler.end()
-    with run.ledger.spending("restoring"):
+    with run.at("restoring", "the search for a checkpoint to go back to"):
         step = run.checkpoints.newest_sound(planned_before=first - 1)
     schedule = dataclasses.replace(run.setup.schedule, left_out=position.left_out)
     if jax.process_index() == 0:
@@ -466,7 +471,7 @@ def go_back(run: Run, position: Position, bad: list[BadStep]) -> tuple[TrainStat
         )
     logging.warning("%s. The run goes back to step %d, and on with the data after them.", said, step or 0)
     run.checkpoints.leave_after(step or 0)
-    with run.ledger.spending("restoring"):
+    with run.at("restoring", f"the going back to step {step or 0}"):
         state, saved = run.state_at(step)
     run.ledger.go_back(saved.ledger)
     left_out = position.left_out + last - (step or 0)

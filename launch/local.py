@@ -3,7 +3,8 @@
     python -m launch.local --processes 2 -- python -m hunyuan_jax.train --config=configs/quickstart.py:t2v --workdir DIR ...
 
 Each process finds itself in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. SIGINT and SIGTERM are passed on. When one
-process fails the others are ended, and its exit code is this program's; 128 and the signal's number for one that a signal ended.
+process fails the others are ended, and its exit code is this program's; 128 and the signal's number for one that a signal ended. Of those
+that fail together, the code is of one that did not merely lose another.
 """
 
 import argparse
@@ -17,10 +18,12 @@ import sys
 import time
 from collections.abc import Sequence
 
+from hunyuan_jax.parallel.lifeline import LOST
 from launch.children import ends_with_parent, passing_signals_to
 
 GRACE_SECONDS = 90.0  # that processes have to end after a signal; a training saves meanwhile
 POLL_SECONDS = 0.02
+TOGETHER_SECONDS = 1.0  # others may end sooner for the loss of a process than it does itself
 
 
 def free_port() -> int:
@@ -56,8 +59,9 @@ def _wait(started: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -
     deadline = None
     while True:
         codes = [process.poll() for process in started]
-        failed = [code for code in codes if code]
-        if failed and not received:
+        if any(codes) and not received:
+            time.sleep(TOGETHER_SECONDS)
+            failed = sorted((code for process in started if (code := process.poll())), key=lambda code: code == LOST)
             return failed[0] if failed[0] > 0 else 128 - failed[0]
         if None not in codes:
             return 0

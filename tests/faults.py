@@ -3,6 +3,7 @@
     python -m tests.faults --kills 100 --processes 1 2    trainings, killed by signals at random moments and started again until they end
     python -m tests.faults --nans 200 --tasks linear          trainings with values that are not finite in their data
     python -m tests.faults --flips 1000                   bits of a checkpoint flipped, files cut short or deleted, and what is restored
+    python -m tests.faults --hangs 8 --processes 1 2      trainings in one of whose processes something never ends, and how soon they end
 
 Exit code 1 where a bit of the parameters, the optimizer, the averages, the position in the data or the logged values differs, or where
 a process ends in a way that was not asked for.
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,7 @@ from hunyuan_jax.data import loader
 from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.parallel import distributed
 from hunyuan_jax.parallel.lifeline import LOST
+from hunyuan_jax.stops import HUNG
 from hunyuan_jax.train_step import TrainState
 from launch import local
 from tests.commands import ROOT
@@ -58,6 +61,7 @@ KINDS: dict[str, tuple[tuple[int, ...], set[int]]] = {
     "SIGINT": ((signal.SIGINT,), {130, 1, -signal.SIGINT}),
     "SIGINT twice": ((signal.SIGINT, signal.SIGINT), {130, 1, -signal.SIGINT}),
 }
+Changes = Mapping[str, Any]
 POINTS = ("by time", "restore", "save", "delete", "step")
 
 
@@ -99,31 +103,38 @@ def serve() -> dict[str, Any] | None:
     return None
 
 
-def train_as(task: str, data: str, workdir: str, batch: int, environment: dict[str, str], log: str) -> None:
-    """What a fork does: it becomes a process of `hunyuan_jax.train`, whose outputs go to `log`."""
+def train_as(
+    task: str, data: str, workdir: str, batch: int, environment: dict[str, str], log: str, loop: dict[str, Any], hang: dict[str, Any] | None
+) -> None:
+    """What a fork does: it becomes a process of `hunyuan_jax.train`, whose outputs go to `log`; it may be one that is to `hang`."""
     os.environ |= environment
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has switched off for what it runs in the background
     for output, number in ((os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1), (os.open(os.devnull, os.O_RDONLY), 0)):
         os.dup2(output, number)
     os.dup2(1, 2)
     training.make_task = TASKS[task]
+    if hang and hang["process"] == int(environment.get("JAX_PROCESS_ID", "0")):
+        hang_at(hang["place"], hang["step"], told=Path(workdir).parent / "hangs")
 
     def main(_: list[str]) -> None:
         distributed.initialize()
-        training.train(tiny_config(task, Path(data), batch=batch), Path(workdir))
+        training.train(tiny_config(task, Path(data), batch=batch, **loop), Path(workdir))
 
     run_command(main)
 
 
 class Processes:
-    """The processes of one training."""
+    """The processes of one training, with changes to its section `train`, one of which may be to `hang`."""
 
-    def __init__(self, starter: Starter, task: str, count: int, folder: Path, *, data: Path) -> None:
+    def __init__(
+        self, starter: Starter, task: str, count: int, folder: Path, *, data: Path, loop: Changes | None = None, hang: Changes | None = None
+    ) -> None:
         self._starter, port = starter, local.free_port()
         self._codes: list[int | None] = [None] * count
         self._before, self._folder = _trace("restore", folder / "run"), folder / "run"
         told = [local.variables(n, processes=count, port=port) if count > 1 else {} for n in range(count)]
         what = {"task": task, "data": str(data), "workdir": str(folder / "run"), "batch": max(2, count), "log": str(folder / "log.txt")}
+        what |= {"loop": loop or {}, "hang": hang}
         self._numbers = [starter.ask(**what, environment=environment) for environment in told]
 
     def codes(self) -> list[int | None]:
@@ -319,6 +330,125 @@ def table_of(tallies: Sequence[Tally]) -> str:
     seconds = sum(tally.seconds for tally in tallies) / max(1, kills)
     points = (sum(tally.points[point] for tally in tallies) for point in POINTS)
     rows.append(["all", "", "", kills, *points, "", runs, bits, values, f"{seconds:.1f}"])
+    return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in rows] + [said for tally in tallies for said in tally.wrong])
+
+
+# --- Hangs ---------------------------------------------------------------------------------------------------------------------
+
+# Steps (from 1) at which a process may come to stand still: by then it has done the same before, so that nothing is to be compiled.
+PLACES = {"loader": range(8, 24), "start of a step": range(8, 24), "devices": range(8, 24), "saving": (12, 16, 20)}
+ALONE = ("devices",)  # what only one process of a run can be made to do
+HANG_SECONDS = 60.0  # that all processes have to end in
+
+
+def hang_at(place: str, step: int, *, told: Path) -> None:
+    """Makes this process stand still at a place in a step (from 1); when it does, `told` is written."""
+
+    def forever() -> None:
+        told.touch()
+        threading.Event().wait()
+
+    def before(owner: type, name: str, wanted: Callable[..., bool]) -> None:
+        method = getattr(owner, name)
+
+        def hanging(*args: Any, **how: Any) -> Any:
+            if wanted(*args):
+                forever()
+            return method(*args, **how)
+
+        setattr(owner, name, hanging)
+
+    if place == "loader":
+        before(loader.ReadStep, "__call__", lambda _, number: number == step - 1)
+    elif place == "saving":
+        before(Checkpoints, "save", lambda _, number, *rest: number == step)
+    elif place == "start of a step":
+        before(training.BadSteps, "add", lambda _, number, *rest: number == step - 1)  # the last thing that the loop does in a step
+    else:
+        configured = training.configured_step
+
+        def wait_in(number: np.ndarray, loss: np.ndarray) -> np.ndarray:
+            if number == step:
+                forever()
+            return loss
+
+        def hanging_step(*args: Any, **how: Any) -> Any:
+            inner = configured(*args, **how)
+
+            def run(state: TrainState, batch: Any) -> Any:
+                new, values = inner(state, batch)
+                return new, values | {"loss": jax.pure_callback(wait_in, values["loss"], new.step, values["loss"])}
+
+            return run
+
+        training.configured_step = hanging_step
+
+
+@dataclasses.dataclass
+class HangTally:
+    """What came of trainings in one of whose so many processes something never ended at a place."""
+
+    processes: int
+    place: str
+    hangs: int = 0
+    codes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    longest: float = 0.0
+    bits: int = 0
+    values: int = 0
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+
+def hang_and_compare(
+    folder: Path, *, hangs: int, seed: int, say: Callable[[str], None], processes: Sequence[int] = (1,), loop: Changes | None = None
+) -> list[HangTally]:
+    """Lets trainings hang `hangs` times in all, each place by each number of processes in turn, and compares what they then go on to."""
+    draw, starter, task = random.Random(seed), Starter(folder / "compiled"), "linear"
+    write_data(folder / "data", [task])
+    tallies = [HangTally(count, place) for place in PLACES for count in processes if count == 1 or place not in ALONE]
+    references: dict[int, Left] = {}
+    try:
+        for number in range(hangs):
+            tally = tallies[number % len(tallies)]
+            count, place = tally.processes, folder / f"hang-{number}"
+            start = functools.partial(Processes, starter, task, count, data=folder / "data", loop=loop)
+            if count not in references:
+                whole = folder / f"whole-{count}"
+                whole.mkdir()
+                if any(codes := start(whole).wait(60 * MINUTES)):
+                    raise RuntimeError(f"The uninterrupted run ended in {codes}; see {whole / 'log.txt'}")
+                references[count] = Left.by(whole / "run", STEPS[task])
+            place.mkdir()
+            hang = {"place": tally.place, "step": draw.choice(PLACES[tally.place]), "process": draw.randrange(count)}
+            hanging = start(place, hang=hang)
+            while hanging.run and not (place / "hangs").exists():
+                time.sleep(0.01)
+            began = time.monotonic()
+            codes = hanging.wait(2 * HANG_SECONDS)
+            took = time.monotonic() - began
+            tally.hangs, tally.longest = tally.hangs + 1, max(tally.longest, took)
+            tally.codes.update(map(str, codes))
+            if HUNG not in codes or set(codes) - {HUNG} - (OF_LOST if count > 1 else set()) or took > HANG_SECONDS:
+                tally.wrong.append(f"{hang} in {place}: ended in {codes} after {took:.0f} s")
+            elif any(codes := start(place).wait(60 * MINUTES)):
+                tally.wrong.append(f"{hang} in {place}: the next start ended in {codes}")
+            else:
+                found = Left.by(place / "run", STEPS[task])
+                bits, values = references[count].differing_bits(found), references[count].differing_values(found)
+                tally.bits, tally.values = tally.bits + bits, tally.values + values
+                tally.wrong += [f"{hang} in {place}: {bits} bits and {values} logged values differ"] if bits or values else []
+            say(f"{count} processes, {hang}: all had ended after {took:.1f} s")
+    finally:
+        starter.close()
+    return [tally for tally in tallies if tally.hangs]
+
+
+def table_of_hangs(tallies: Sequence[HangTally]) -> str:
+    """A row for each place and number of processes, in Markdown."""
+    rows: list[list[Any]] = [["hangs", "processes", "times", "exit codes", "longest until the end", "differing bits", "differing values"]]
+    rows.append(["---"] * len(rows[0]))
+    for t in tallies:
+        codes = ", ".join(f"{code} x {n}" for code, n in sorted(t.codes.items()))
+        rows.append([t.place, t.processes, t.hangs, codes, f"{t.longest:.1f} s", t.bits, t.values])
     return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in rows] + [said for tally in tallies for said in tally.wrong])
 
 
@@ -556,9 +686,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--flips", type=int, default=0)
     parser.add_argument("--nans", type=int, default=0, help="spoilt trainings of each task")
+    parser.add_argument("--hangs", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=sorted(STEPS), choices=sorted(STEPS))
-    parser.add_argument("--processes", nargs="+", type=int, default=[1], metavar="N", help="of each training that is killed")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1], metavar="N", help="of each training that is killed or hangs")
     parser.add_argument("--keep", type=Path, help="folder in which all stays (default: a temporary one)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -577,6 +708,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         tallies = kill_and_compare(folder, **how, say=functools.partial(print, flush=True))
         print(table_of(tallies), flush=True)
         wrong += sum(len(tally.wrong) for tally in tallies)
+    if options.hangs:
+        how = {"hangs": options.hangs, "seed": options.seed, "processes": options.processes}
+        hung = hang_and_compare(folder, **how, say=functools.partial(print, flush=True))
+        print(table_of_hangs(hung), flush=True)
+        wrong += sum(len(tally.wrong) for tally in hung)
     if options.flips:
         write_small_run(folder / "small")
         outcomes: collections.Counter[tuple[str, str]] = collections.Counter()

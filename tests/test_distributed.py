@@ -213,6 +213,13 @@ def test_the_local_process_that_fails_first_ends_the_others_and_gives_its_code(t
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.parametrize(("first", "later", "code"), [(lifeline.LOST, 2, 2), (lifeline.LOST, lifeline.LOST, lifeline.LOST)])
+def test_a_local_process_that_lost_another_may_end_before_it(first, later, code):
+    late = "int(os.environ['JAX_PROCESS_ID'])"
+    does = f"import os, sys, time; time.sleep(0.3 * {late}); sys.exit(({first}, {later})[{late}])"
+    assert run_local(sys.executable, "-c", does).returncode == code
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals_reach_local_processes_and_none_is_left_behind(tmp_path, number):
     launcher = subprocess.Popen(

@@ -101,9 +101,9 @@ def test_a_clock_that_jumps_changes_nothing(run, whole, tmp_path, monkeypatch, y
     now, start = time.time, stops.Watchdog.doing
     shift = [0.0]
 
-    def doing(self, what):
-        shift[0] = 3.15e7 * years if what == "step 4" else shift[0]
-        start(self, what)
+    def doing(self, what, kind=None):
+        shift[0] = 3.15e7 * years if what == "the start of step 4" else shift[0]
+        start(self, what, kind)
 
     monkeypatch.setattr(time, "time", lambda: now() + shift[0])
     monkeypatch.setattr(stops.Watchdog, "doing", doing)

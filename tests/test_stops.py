@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from hunyuan_jax.errors import UserError
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.train import LoopConfig, Setup, train
 from tests.commands import ROOT
-from tests.faults import kill_and_compare, table_of
+from tests.faults import hang_and_compare, kill_and_compare, table_of
 from tests.tiny_trainings import STEPS, Left, Linear, flip_in_records, tiny_config, write_clips
 
 LAST = 12
@@ -218,42 +219,132 @@ def test_several_processes_stop_after_the_same_step_some_steps_after_the_wish():
 # --- Something does not go on --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_hangs_says_where_and_ends(tmp_path):
+@pytest.mark.parametrize(
+    ("seconds", "stall_seconds", "kind", "why"),
+    [(0.5, 0, "step", "0 s (train.watchdog_seconds)"), (0.5, 50, "batch", "0 s (train.watchdog_seconds)"),
+     (0.5, 50, None, "0 s (train.watchdog_seconds)"), (50, 0.5, "step", "0 s (train.stall_seconds)")],
+)  # fmt: skip
+def test_a_run_that_hangs_says_where_and_ends(tmp_path, seconds, stall_seconds, kind, why):
     program = f"""
 import time
 from pathlib import Path
 from hunyuan_jax.stops import Watchdog
 def read_forever():
     time.sleep(1000)
-with Watchdog(Path({str(tmp_path)!r}), seconds=0.5) as watchdog:
-    watchdog.doing("the reading of the batch of step 3")
+with Watchdog(Path({str(tmp_path)!r}), seconds={seconds}, stall_seconds={stall_seconds}) as watchdog:
+    for step in range(4):
+        watchdog.doing(f"step {{step}}", "step")
+    watchdog.doing("the reading of the batch of step 3", {kind!r})
     read_forever()
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == stops.HUNG
     for said in (done.stderr, (tmp_path / "hang.txt").read_text()):
-        assert "Nothing has moved for 0 s (train.watchdog_seconds) during the reading of the batch of step 3" in said
+        assert f"Nothing has moved for {why} during the reading of the batch of step 3." in said
         assert "in read_forever" in said
 
 
-def test_the_watchdog_counts_anew_with_each_thing_and_may_be_off(tmp_path):
-    with stops.Watchdog(tmp_path, seconds=1.0) as watchdog:
+@pytest.fixture
+def hung(monkeypatch):
+    """What watchdogs end for."""
+    said = []
+    monkeypatch.setattr(stops.Watchdog, "_end", lambda self, why: said.append(why))
+    return said
+
+
+def test_the_watchdog_counts_anew_with_each_thing_and_may_be_off(tmp_path, hung):
+    with stops.Watchdog(tmp_path, seconds=1.0, stall_seconds=1.0) as watchdog:
         for number in range(8):
-            watchdog.doing(f"step {number}")
+            watchdog.doing(f"step {number}", "step")
             time.sleep(0.2)
-    with stops.Watchdog(tmp_path, seconds=0) as watchdog:
+    with stops.Watchdog(tmp_path, seconds=0, stall_seconds=0) as watchdog:
         watchdog.doing("nothing")
         time.sleep(0.2)
-    assert not (tmp_path / "hang.txt").exists()
+    assert hung == []
+
+
+def test_what_was_long_before_may_be_long_again_but_not_ten_times(tmp_path, hung):
+    with stops.Watchdog(tmp_path, seconds=60, stall_seconds=0.2) as watchdog:
+        for seconds in (0.8, 0.3, 0.5, 0.0):  # the first compiles, the second is the first to count
+            watchdog.doing("step", "step")
+            time.sleep(seconds)
+        assert hung == []
+        watchdog.doing("step 5", "step")
+        until = time.monotonic() + 20
+        while not hung and time.monotonic() < until:
+            time.sleep(0.05)
+        assert re.fullmatch(r"Nothing has moved for [56] s \(10 times the longest before\) during step 5\.", hung[0])
+
+
+def test_while_the_devices_finish_steps_the_loop_may_wait_for_them(tmp_path, hung):
+    """A line of the log waits for all that is in flight, which may be longer than any single step."""
+    with stops.Watchdog(tmp_path, seconds=60, stall_seconds=0.5) as watchdog:
+        for number in range(12):
+            watchdog.doing(f"line {number}", "line")
+        ends = [time.monotonic() + 0.1 * n for n in range(40)] + [float("inf")]
+        for number, end in enumerate(ends):
+            watchdog.doing(f"the start of step {number}", "step")
+            watchdog.started(f"step {number}", "bucket", lambda end=end: time.monotonic() > end)
+        watchdog.doing("the line", "line")
+        time.sleep(3.8)
+        assert hung == []
+        until = time.monotonic() + 20
+        while not hung and time.monotonic() < until:
+            time.sleep(0.05)
+        assert hung[0].endswith(" during the line, the devices at step 40.")
+
+
+def test_a_step_that_may_wait_for_what_another_process_does_is_of_another_kind(tmp_path):
+    watchdog = stops.Watchdog(tmp_path, seconds=100, stall_seconds=1)
+    watchdog._alone = False
+    limits = []
+    for kind in ("batch", "preview", "batch", "preview", None, "batch"):
+        watchdog.doing("it", kind)
+        watchdog.started("step", "bucket", lambda: True)
+        limits.append(watchdog._limit(watchdog._in_flight[-1].kind)[0])
+        watchdog._note(watchdog._in_flight[-1])
+    watchdog.doing("it", "batch")
+    watchdog.started("step", "bucket", lambda: True)
+    assert limits == [100, 100, 100, 100, 100, 1]
+
+
+def test_time_in_which_the_process_stood_still_itself_is_no_hang(tmp_path):
+    program = f"""
+from pathlib import Path
+from hunyuan_jax.stops import Watchdog
+with Watchdog(Path({str(tmp_path)!r}), seconds=6, stall_seconds=6) as watchdog:
+    watchdog.doing("something")
+    print("ready", flush=True)
+    input()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1.5)  # it has begun to count
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    assert (process.communicate("\n", timeout=30)[1], process.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_hangs_in_a_training_ends_it_soon_and_costs_what_was_done_since_the_checkpoint(tmp_path, processes):
+    tallies = hang_and_compare(tmp_path, hangs=4, seed=0, processes=[processes], loop={"stall_seconds": 3.0}, say=print)
+    assert [said for tally in tallies for said in tally.wrong] == []
+    assert sum(tally.hangs for tally in tallies) == 4
+    assert all(tally.longest < 20 for tally in tallies)
 
 
 def test_the_watchdog_is_told_of_all_that_may_take_long(run, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(stops.Watchdog, "doing", lambda self, what: told.append(what))
+    monkeypatch.setattr(stops.Watchdog, "doing", lambda self, what, kind=None: told.append(what))
     run(tmp_path, steps=5)
-    step = ["the reading of the batch of step {}", "step {}"]
-    assert told[:4] == [text.format(n) for n in (1, 2) for text in step]
-    assert told[-4:] == ["step 5", "measuring after step 5", "the saving of step 5", "the saving of the last step"]
+    step = ["the reading of the batch of step {}", "the start of step {}"]
+    assert told[1:5] == [text.format(n) for n in (1, 2) for text in step]
+    last = ["the start of step 5", "the line of the log after step 5", "measuring after step 5", "the saving of step 5"]
+    assert told[-5:] == [*last, "the saving of the last step"]
 
 
 @pytest.mark.parametrize(("error", "kind"), [(ValueError("odd bytes"), RuntimeError), (UserError("It is damaged."), UserError)])
