@@ -49,7 +49,7 @@ def difference(rng: np.random.Generator) -> tuple[str, float]:
     guidance = np.full(batch, 6.0, np.float32) if config.guidance_embed else None
     clean = rng.integers(0, grid[0] + 1, batch).astype(np.int32) if rng.integers(2) else None
     shapes = jax.eval_shape(lambda *x: DiT(config).init(jax.random.key(0), *x, guidance)["params"], *inputs)
-    params = jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    params = jax.tree.map(lambda leaf: _draw(rng, leaf.shape), shapes)
     weights = rng.normal(size=latents.shape).astype(np.float32)
 
     def loss(params, *inputs):
@@ -67,6 +67,12 @@ def difference(rng: np.random.Generator) -> tuple[str, float]:
     shape = "x".join(map(str, sizes))
     said = f"mesh {shape}, {config.context}, {heads} heads, batch {batch}, image {np.prod(grid)}, text {txt} {lengths.tolist()}"
     return said, worst
+
+
+def _draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """A kernel of the size that training begins with, or a bias; kernels some times larger make gradients of rounding, on any mesh."""
+    fan_in = shape[-2] if len(shape) > 1 else 1  # 1 for the biases of a row of blocks, too
+    return ((fan_in**-0.5 if fan_in > 1 else 0.3) * rng.standard_normal(shape)).astype(np.float32)
 
 
 def main() -> None:
