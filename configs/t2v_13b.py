@@ -140,7 +140,13 @@ def _train(stage: str) -> ConfigDict:
                     {"frames": t, "height": h, "width": w, "batch": batch, "share": share} for t, h, w, batch, share in of_stage["buckets"]
                 ),
             },
-            "optimizer": {"learning_rate": of_stage["learning_rate"], "warmup_steps": 1000, "b2": 0.99, "weight_decay": 0.01},
+            "optimizer": {
+                "learning_rate": of_stage["learning_rate"],
+                "warmup_steps": 1000,
+                "b2": 0.99,
+                "weight_decay": 0.01,
+                "offload": False,  # True: what it keeps of the parameters lies in the hosts' memory
+            },
             "ema": {"decay": 0.9999},
             "mesh": {"data": 1, "fsdp": -1, "sequence": of_stage.get("sequence", 1), "tensor": 1},
             "train": {

@@ -77,6 +77,7 @@ class OptimizerConfig:
 
     A step's gradient is the mean of those of `accumulate` parts of its batch, taken one after another. Where its norm lies more than
     `skip_above` (0: never) times their median distance above the median of the last `skip_window` norms, the step changes nothing.
+    With `offload` what the rule keeps of the parameters lies in the memory of the hosts, and comes to the devices for the update.
     """
 
     kind: Kind = "adamw"
@@ -99,6 +100,7 @@ class OptimizerConfig:
     accumulate: int = 1
     skip_above: float = 0.0
     skip_window: int = 100
+    offload: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "not_muon", tuple(self.not_muon))

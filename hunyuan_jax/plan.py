@@ -7,7 +7,7 @@ what it holds; what it exchanges is read from the compiled program. GPUs, such a
 
 The time of a step is a model, not a measurement: products at a share of the peak (`EFFICIENCY`), what the optimizer reads and writes at
 the memory's rate, what is exchanged at the links' rate, in the background where the program does so. It knows no stalls, no input,
-no slow host.
+no slow host, and not what the way to the host's memory takes where something is kept there.
 """
 
 import collections
@@ -294,7 +294,7 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, 
     settings = build(OptimizerConfig, config.optimizer, where="optimizer")
     step = configured_step(task, settings, ema=ema, key=jax.random.key(0), block_norms=loop.block_norms)
     # Outside the mesh, whose devices can compute nothing.
-    state = abstract_state(task, make_optimizer(settings), mesh, spike_window=settings.spike_window)
+    state = abstract_state(task, make_optimizer(settings), mesh, spike_window=settings.spike_window, offload=settings.offload)
     options: dict[str, Any] = {**step_options(devices[0].device_kind, tuned=loop.tuned_compiler), **(more or {})}
     with jax.set_mesh(mesh):
         places = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -345,6 +345,8 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
             program = Program(step.as_text())
             exchanges, kernels = program.exchanges(mesh), program.kernels()
         seconds = time.perf_counter() - start
+    if build(OptimizerConfig, config.optimizer, where="optimizer").offload:
+        memory = dataclasses.replace(memory, optimizer=0.0, host=memory.host + memory.optimizer)
     exchanged: dict[str, float] = collections.defaultdict(float)
     for exchange in exchanges:
         exchanged["+".join(exchange.axes) or "one device"] += exchange.times * exchange.sent

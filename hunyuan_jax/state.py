@@ -12,27 +12,29 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hunyuan_jax import convert
-from hunyuan_jax.parallel.sharding import param_shardings, path_of, replicated
+from hunyuan_jax.parallel.sharding import HOST_MEMORY, param_shardings, path_of, replicated
 from hunyuan_jax.tasks.task import Task
 from hunyuan_jax.train_step import CriticState, TrainState, init_critic_state, init_state
 
 
-def abstract_state(task: Task, optimizer: Any, mesh: jax.sharding.Mesh, *, spike_window: int = 0) -> TrainState:
-    """Shapes, dtypes and shardings of the training state, without memory."""
+def abstract_state(task: Task, optimizer: Any, mesh: jax.sharding.Mesh, *, spike_window: int = 0, offload: bool = False) -> TrainState:
+    """Shapes, dtypes and shardings of the training state, without memory; with `offload` the optimizer's arrays are the hosts'."""
     key = jax.random.key(0)
     shapes = jax.eval_shape(lambda: init_state(task.init(key), optimizer, init_critic_state(task, key), spike_window=spike_window))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, shapes, state_shardings(shapes, mesh))
+    state = jax.tree.map(place, shapes, state_shardings(shapes, mesh))
+    return state.replace(opt_state=jax.tree.map(_on_host, state.opt_state)) if offload else state
 
 
 def make_state(
-    task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding.Mesh, start: str = "", spike_window: int = 0
+    task: Task, optimizer: Any, *, key: jax.Array, mesh: jax.sharding.Mesh, start: str = "", spike_window: int = 0, offload: bool = False
 ) -> TrainState:
     """The initial state, made in place on the mesh: from random parameters, or from the weights at `start`, in any layout.
 
     A critic is fresh in either case.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, mesh, spike_window=spike_window))
+    abstract = abstract_state(task, optimizer, mesh, spike_window=spike_window, offload=offload)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     critic = lambda: init_critic_state(task, jax.random.fold_in(key, 0xC217))  # noqa: E731
     begin = functools.partial(init_state, optimizer=optimizer, spike_window=spike_window)
     if start:
@@ -51,6 +53,13 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
     whole = replicated(mesh)
     spikes = jax.tree.map(lambda _: whole, state.spikes)
     return TrainState(step=whole, skipped=whole, params=params, ema=params, opt_state=opt_state, critic=critic, spikes=spikes)  # type: ignore[arg-type]
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same array in the memory of the host, unless it is but a count."""
+    if not leaf.ndim:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(HOST_MEMORY))
 
 
 def _shardings_of(params: Any, opt_state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:

@@ -251,7 +251,8 @@ def train(config: ConfigDict, workdir: Path, *, stopped_code: int = 0) -> None:
 def make_run(config: ConfigDict, setup: Setup, workdir: Path, *, stop: stops.Stop, **rest: Any) -> Run:
     """The run, with its step yet to be compiled and its first state yet to be made; `rest` are fields of it that are at work already."""
     loop, settings, mesh, key = setup.loop, setup.optimizer, setup.mesh, jax.random.key(config.seed)
-    what = {"task": setup.task, "optimizer": make_optimizer(settings), "mesh": mesh, "spike_window": settings.spike_window}
+    what = {"task": setup.task, "optimizer": make_optimizer(settings), "mesh": mesh}
+    what |= {"spike_window": settings.spike_window, "offload": settings.offload}
     agreement, abstract = stops.Agreement(stop, mesh), abstract_state(**what)
     step = configured_step(setup.task, settings, ema=setup.ema, key=key, block_norms=loop.block_norms)
     options = step_options(mesh.devices.flat[0].device_kind, tuned=loop.tuned_compiler)

@@ -126,12 +126,14 @@ def make_step(
     accumulate: int = 1,
     skip_above: float = math.inf,
     block_norms: bool = False,
+    offload: bool = False,
 ) -> Step:
     """The step for a task. `key` is the run's; a sample's noise is folded from it and the sample's id alone.
 
     In `accumulate` parts a batch makes the same step within rounding, as far as losses are means over samples: the adaptive weight of
     a critic's opinion is no mean, and each part has its own. Beside the losses a step says what its batch is like (`data/...`) and,
-    where asked for, `block_norms` (`grad_norm/...`, `param_norm/...`). A state with `spikes` skips those `skip_above`.
+    where asked for, `block_norms` (`grad_norm/...`, `param_norm/...`). A state with `spikes` skips those `skip_above`. With `offload`
+    the state has the optimizer's arrays in the memory of the hosts.
     """
     learn = jax.value_and_grad(task.loss, has_aux=True)
 
@@ -157,11 +159,12 @@ def make_step(
             metrics = metrics | {"spikes": seen.skipped.astype(jnp.float32)}
         if critic is not None:
             critic = _choose(good & found.learns, _updated(task, critic, found.critic), critic)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        before = _moved(state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
+        updates, opt_state = optimizer.update(grads, before, state.params)
         params = optax.apply_updates(state.params, updates)
         changed = (params, average(state.ema, params, step=state.step, decay=ema.decay), opt_state)
-        kept = (state.params, state.ema, state.opt_state)
-        params, averaged, opt_state = _choose(good, changed, kept)
+        params, averaged, opt_state = _choose(good, changed, (state.params, state.ema, before))
+        opt_state = _moved(opt_state, jax.memory.Space.Host) if offload else opt_state
         skipped = state.skipped + jnp.where(good, 0, 1)
         metrics = metrics | batch.statistics() | (_norms(grads, params) if block_norms else {})
         state = TrainState(
@@ -176,7 +179,7 @@ def configured_step(task: Task, settings: OptimizerConfig, *, ema: EmaConfig, ke
     """The step of a training with these settings, whether it is run or planned."""
     return make_step(
         task, make_optimizer(settings), ema=ema, key=key, accumulate=settings.accumulate, skip_above=settings.skip_above,
-        block_norms=block_norms,
+        block_norms=block_norms, offload=settings.offload,
     )  # fmt: skip
 
 
@@ -203,6 +206,11 @@ def _in_parts(find: Callable[[VideoBatch], Found], batch: VideoBatch, parts: int
 def _updated(task: Task, critic: CriticState, grads: Params) -> CriticState:
     updates, opt_state = make_optimizer(task.critic.optimizer).update(grads, critic.opt_state, critic.params)
     return CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
+
+
+def _moved(tree: Any, memory: jax.memory.Space) -> Any:
+    """The arrays in that memory; counts stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, tree)
 
 
 def _choose(condition: Array, new: Any, old: Any) -> Any:

@@ -390,6 +390,50 @@ def test_a_step_on_a_mesh_is_that_of_one_device_and_parts_of_a_batch_move_no_sam
     assert run_program(MESH_STEP) == "equal"
 
 
+OFFLOAD = """
+import dataclasses, tempfile
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from hunyuan_jax import train as training
+from hunyuan_jax.checkpoint import Checkpoints
+from tests.tiny_trainings import Left, Linear, tiny_config, write_clips
+
+training.make_task = Linear.from_config
+folder = Path(tempfile.mkdtemp())
+write_clips(folder / "clips")
+lies, save = set(), Checkpoints.save
+
+def look(self, step, state, **how):
+    for x in jax.tree.leaves(state.opt_state):
+        lies.add((x.ndim > 0, x.sharding.memory_kind))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves((state.params, state.ema))} == {"device"}
+    return save(self, step, state, **how)
+
+Checkpoints.save = look
+
+def left_by(name, offload, stops):
+    for steps in stops:
+        config = tiny_config("linear", folder, batch=4, steps=steps, log_every=2, checkpoint_every=4)
+        config.mesh.update({"data": 2, "fsdp": 2})
+        config.optimizer.offload = offload
+        training.train(config, folder / name)
+    return Left.by(folder / name, stops[-1])
+
+here = left_by("device", False, [12])
+assert lies == {(True, "device"), (False, "device")}, lies
+lies.clear()
+there = left_by("host", True, [4, 12])
+assert lies == {(True, "pinned_host"), (False, "device")}, lies
+print("differ:", here.differing_bits(there), here.differing_values(there))
+"""
+
+
+def test_an_optimizer_in_host_memory_takes_the_same_steps_and_stays_there_over_a_checkpoint():
+    assert "differ: 0 0\n" in run_program(OFFLOAD)
+
+
 # --- What is refused -----------------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,12 @@ def test_the_state_is_split_over_fsdp_and_tensor_to_the_byte():
     assert 4 * PARAMETERS / 32 < split.memory.parameters < 1.01 * 4 * PARAMETERS / 32
 
 
+def test_an_optimizer_that_lies_on_the_host_takes_its_memory_there():
+    here, there = (made(f"optimizer.offload={offload}").memory for offload in (False, True))
+    assert (there.optimizer, there.host) == (0.0, here.host + here.optimizer)
+    assert there.total == pytest.approx(here.total - here.optimizer)
+
+
 def test_what_is_computed_follows_from_recomputation():
     none, attention, full = (made(f"model.remat={remat}").flops for remat in ("none", "attention", "full"))
     assert none.model == attention.model == full.model

@@ -99,9 +99,39 @@ def test_attention_is_kept_in_host_memory_where_a_config_says_so():
     assert sum(count for name, count in Program(text).kernels().items() if "fwd" in name) <= 24 + 1
 
 
+OPTIMIZER = f"""{BEGIN}
+import dataclasses, json
+from configs import t2v_13b
+from hunyuan_jax import plan
+from hunyuan_jax.data.buckets import Bucket
+
+config = t2v_13b.get_config("image_256")
+config.model.update({{"width": 512, "num_heads": 4, "num_double_blocks": 2, "num_single_blocks": 4}})
+config.optimizer.offload = True
+chip, devices = plan.target("v5p:2x2x1")
+bucket = dataclasses.replace(plan.costliest(config, ""), batch=4)
+state = plan.state_bytes(plan.state_shapes(config), {{"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}})
+memory = plan.compile_step(config, bucket, devices).memory_analysis()
+sizes = {{"device": memory.argument_size_in_bytes, "host": memory.host_argument_size_in_bytes, "temporary": memory.temp_size_in_bytes}}
+print(json.dumps(sizes | dict(zip(("parameters", "optimizer", "average", "checkpoint"), state))))
+"""
+
+
+def test_the_optimizer_lies_in_host_memory_where_a_config_says_so():
+    """What is given to a step on each of four devices: AdamW's moments on the host, parameters and their average on the device."""
+    said = found_json(run_program(OPTIMIZER))
+    assert said["host"] == pytest.approx(said["optimizer"], rel=0.02)
+    assert said["device"] == pytest.approx(said["parameters"] + said["average"], rel=0.05)
+
+
+def found_json(printed: str) -> dict[str, Any]:
+    """The object among what else a program says."""
+    return json.loads(re.search(r"^\{.*\}$", printed, re.MULTILINE)[0])
+
+
 def plan(stage: str) -> dict[str, Any]:
     command = ("hunyuan_jax.plan", f"--config=configs/t2v_13b.py:{stage}", "--topology=v5p:4x4x8", "--json")
-    return json.loads(re.search(r"^\{.*\}$", run_module(*command, minutes=25), re.MULTILINE)[0])
+    return found_json(run_module(*command, minutes=25))
 
 
 def test_the_step_at_720p_fits_a_pod_and_runs_attention_forward_once():

@@ -51,7 +51,7 @@ from hunyuan_jax.models.layers import (
     sinusoid,
 )
 from hunyuan_jax.parallel.context_attention import How, Method, context_attention, degree_of
-from hunyuan_jax.parallel.sharding import sequence_size, split_samples, split_tokens
+from hunyuan_jax.parallel.sharding import HOST_MEMORY, sequence_size, split_samples, split_tokens
 
 TIME_SCALE = 1000.0  # the released models count time and guidance in thousandths
 REFINER_MLP_RATIO = 4.0  # of the token refiner, whatever the blocks have
@@ -167,7 +167,7 @@ def _kept(remat: Remat) -> Callable[..., bool] | None:
         return policies.save_only_these_names(SAVED)
     if remat == "attention_host":
         return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], offload_src="device", offload_dst="pinned_host"
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], offload_src="device", offload_dst=HOST_MEMORY
         )
     return None
 

@@ -43,6 +43,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 BATCH_AXES = ("data", "fsdp")
+HOST_MEMORY = "pinned_host"  # the kind of memory in which a device leaves to its host what it will want again
 
 
 def path_of(path: Any) -> str:
