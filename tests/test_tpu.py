@@ -30,7 +30,7 @@ from hunyuan_jax.parallel.context_attention import IMAGE, ROWS, TEXT, How, conte
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 
 mesh = make_mesh(MeshConfig(data=1, sequence=4), topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices)
-length = 4 * 30_720
+length, degree = 4 * 30_720, DEGREE
 
 def array(spec, *shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -38,7 +38,7 @@ def array(spec, *shape, dtype=jnp.bfloat16):
 x = [array(IMAGE, 1, length, 24, 128)] * 3 + [array(TEXT, 1, 256, 24, 128)] * 3
 
 def score(lengths, *x):
-    return sum(jnp.sum(out.astype(jnp.float32)) for out in context_attention(x[:3], x[3:], txt_lengths=lengths, how=How(length)))
+    return sum(jnp.sum(out.astype(jnp.float32)) for out in context_attention(x[:3], x[3:], txt_lengths=lengths, how=How(length, degree)))
 
 with jax.set_mesh(mesh):
     step = jax.jit(jax.grad(score, argnums=range(1, 7))).lower(array(ROWS, 1, dtype=jnp.int32), *x)
@@ -48,23 +48,38 @@ print(step.as_text())
 """
 
 
-def test_a_ring_exchanges_while_kernels_run_and_holds_little():
+@pytest.mark.parametrize(
+    ("exchange", "degree", "least", "prologues"),
+    [
+        # Keys and values forward, the same with their gradients backward, gradients home.
+        ("collective-permute", 1, 2 + 4 + 2, 0),
+        # In two turns: queries, keys and values, and results, forward; results with their gradients, and gradients, backward. The first
+        # of all can wait for no kernel.
+        ("all-to-all", 4, 2 * 4, 1),
+    ],
+    ids=["ring", "heads"],
+)
+def test_attention_exchanges_while_kernels_run_and_holds_little(exchange, degree, least, prologues):
     """24 heads of 128, 30,720 tokens on each of four devices, forward and backward: at most 5 GiB beside arguments and results."""
-    temporaries, _, text = run_program(RING).partition("\n")
+    temporaries, _, text = run_program(RING.replace("DEGREE", str(degree))).partition("\n")
     assert int(temporaries) <= 5 * GIB
     program = Program(text[text.index("HloModule") :])
+    assert not any(i.operation == exchange for instructions in program.computations.values() for i in instructions)
     begun: dict[str, int] = {}
-    pairs = 0
+    pairs, waits = 0, []
     for instructions in program.computations.values():
         kernels = 0
         for instruction in instructions:
             kernels += bool(instruction.kernel) or instruction.operation == "while"
-            if instruction.operation == "collective-permute-start":
+            if instruction.operation == f"{exchange}-start":
                 begun[instruction.name] = kernels
-            elif instruction.operation == "collective-permute-done":
+            elif instruction.operation == f"{exchange}-done":
                 pairs += 1
-                assert kernels > begun[re.findall(r"%([\w.\-]+)", instruction.rest)[0]], f"{instruction.name} waits for no kernel"
-    assert pairs >= 2 + 4 + 2  # keys and values forward; the same with their gradients backward; gradients home
+                if kernels == begun[re.findall(r"%([\w.\-]+)", instruction.rest)[0]]:
+                    waits.append((instruction.name, kernels))
+    assert pairs >= least
+    assert len(waits) == prologues, waits
+    assert all(before == 0 for _, before in waits)
 
 
 OFFLOAD = f"""{BEGIN}

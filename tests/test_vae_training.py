@@ -327,15 +327,14 @@ def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
         assert task.model == dataclasses.replace(VAEConfig(), remat="full", dtype="bfloat16")
 
 
-@pytest.mark.skipif(
-    "LONG_TESTS" not in os.environ, reason="LONG_TESTS=1 compiles the full-size step for TPUs: more than 10 minutes on 2 cores"
-)
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="LONG_TESTS=1 compiles the full-size step for TPUs: some 10 minutes on 2 cores")
 def test_the_full_size_step_of_the_last_stage_compiles_for_tpus_and_fits_them(monkeypatch):
+    """By an upper bound: the passes of the compiler that save memory and time are left out, for it to end in minutes."""
     bucket = "65x512x512"
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
-    said = run_module("tests.bench.vae_tpu_memory", "--part", "tiling", "--bucket", bucket, minutes=60)
+    said = run_module("tests.bench.vae_tpu_memory", "--part", "tiling", "--bucket", bucket, "--quick", minutes=60)
     state, temporaries = re.search(rf"\| {bucket} \| .* \| (\S+) GiB \| (\S+) GiB \|", said).groups()
-    assert float(state) + float(temporaries) <= 95  # of a v5p
+    assert float(state) + float(temporaries) <= 0.85 * 95.7  # GiB of a v5p
 
 
 # --- Runs ----------------------------------------------------------------------------------------------------------------------

@@ -85,13 +85,14 @@ OPTIONS: dict[Generation, dict[str, str]] = {
 }
 
 
-# Without it a TPU's scheduler starts what a ring passes on only after the kernels that it could have run beside.
-OVERLAPPED_RING = {"xla_tpu_enable_all_experimental_scheduler_features": "true"}
+# Without these a TPU's scheduler starts what a ring passes on, and what is exchanged for heads, only after the kernels that it could have
+# run beside.
+OVERLAPPED = {"xla_tpu_enable_all_experimental_scheduler_features": "true", "xla_tpu_enable_async_all_to_all": "true"}
 
 
 def step_options(device_kind: str, *, tuned: bool) -> dict[str, str]:
     """What a training step is compiled with; where `tuned`, with all of the generation's options, which takes longer to compile."""
-    always = OVERLAPPED_RING if device_kind.startswith("TPU") else {}
+    always = OVERLAPPED if device_kind.startswith("TPU") else {}
     return always | (compiler_options(device_kind) if tuned else {})
 
 

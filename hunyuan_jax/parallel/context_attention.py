@@ -2,7 +2,8 @@
 
     joint sequence   [image tokens, text tokens]; image tokens are split, text tokens are everywhere, and each key counts once
     ring             keys and values of the image travel around; a device meets one block at a time, merged by log-sum-exp
-    heads            all-to-all: a device has all tokens of its share of the heads, then gives tokens back for heads
+    heads            all-to-all: a device has all tokens of its share of the heads, then gives tokens back for heads; in turns, so that
+                     the heads of one are exchanged while those of the other are met
     both             all-to-all within groups of neighbours, a ring between the groups: more devices than there are heads for
 
 The ring has its own backward pass, since a derivative of the forward one would keep every block: scores are made again from the saved
@@ -14,7 +15,7 @@ Axis letters: B samples, L image tokens (padded to a multiple of the devices), S
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,6 +34,9 @@ ROWS = P(("data", "fsdp"))
 Method = Literal["ring", "heads"]
 
 
+MOST_TURNS = 2  # in which heads are exchanged, while those of the other are met: more would wait for each other
+
+
 # --- On one device of the mesh -------------------------------------------------------------------------------------------------
 
 
@@ -47,17 +51,27 @@ class _Place:
         self._groups = [list(range(start, start + degree)) for start in range(0, self.size, degree)]
         self._next = [(rank, (rank + degree) % self.size) for rank in range(self.size)]
 
-    def tokens_for_heads(self, x: Float[Array, "B l H d"]) -> Float[Array, "B l2 h d"]:
+    def tokens_for_heads(self, *arrays: Float[Array, "B l H d"]) -> tuple[Float[Array, "B l2 h d"], ...]:
         """All tokens of the group, of this device's share of the heads."""
-        if self.degree == 1:
-            return x
-        return jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, axis_index_groups=self._groups, tiled=True)
+        return self._exchange(arrays, split_axis=2, concat_axis=1)
 
-    def heads_for_tokens(self, x: Float[Array, "B l2 h d"]) -> Float[Array, "B l H d"]:
+    def heads_for_tokens(self, *arrays: Float[Array, "B l2 h d"]) -> tuple[Float[Array, "B l H d"], ...]:
         """The way back."""
+        return self._exchange(arrays, split_axis=1, concat_axis=2)
+
+    def _exchange(self, arrays: tuple[Array, ...], **axes: int) -> tuple[Array, ...]:
+        """Of several arrays in one, as if they were samples: each exchange of its own would wait for the one before."""
         if self.degree == 1:
-            return x
-        return jax.lax.all_to_all(x, AXIS, split_axis=1, concat_axis=2, axis_index_groups=self._groups, tiled=True)
+            return arrays
+        whole = jnp.concatenate(arrays)
+        whole = jax.lax.all_to_all(whole, AXIS, axis_index_groups=self._groups, tiled=True, **axes)
+        return tuple(jnp.split(whole, len(arrays)))
+
+    def turns(self, *arrays: Float[Array, "B L H ..."]) -> list[list[Array]]:
+        """The heads in parts, each divisible by those who share them: one part is exchanged while another one is met."""
+        heads = arrays[0].shape[2] // self.degree
+        count = max(n for n in range(1, MOST_TURNS + 1) if heads % n == 0) if self.degree > 1 else 1
+        return [list(parts) for parts in zip(*(jnp.split(x, count, axis=2) for x in arrays), strict=True)]
 
     def pass_on(self, tree: Any) -> Any:
         """To the next group of the ring, and from the one before."""
@@ -80,70 +94,84 @@ class _Place:
         return jax.lax.dynamic_update_slice_in_dim(whole, x, self.share * x.shape[2], axis=2)
 
 
+def _heads(parts: Sequence[Array]) -> Array:
+    return jnp.concatenate(parts, axis=2)
+
+
 def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_lengths: Array, *, how: "How") -> Any:
     """Results of this device's image tokens, and of all text tokens; and what the way back needs."""
     place, attend = _Place(how.degree), how.kernel(v).attend
-    q, k, v = (place.tokens_for_heads(x) for x in (q, k, v))
-    my_tq, my_tk, my_tv = (place.my_heads(x) for x in (tq, tk, tv))
-    block, txt_valid = k.shape[1], jnp.arange(tk.shape[1]) < txt_lengths[:, None]
-    every = functools.partial(place.valid, how.length, block)
+    text = [[place.my_heads(x) for x in turn] for turn in place.turns(tq, tk, tv)]
+    txt_valid = jnp.arange(tk.shape[1]) < txt_lengths[:, None]
+    images: list[Any] = []
+    kept, lses, parts = [], [], []
+    for image, (_, tk, tv) in zip(place.turns(q, k, v), text, strict=True):
+        q, k, v = place.tokens_for_heads(*image)
+        every = functools.partial(place.valid, how.length, k.shape[1])
 
-    def hop(carry: Any, number: Array) -> tuple[Any, None]:
-        (k, v), state = carry
-        coming = place.pass_on((k, v))  # while this block is met
-        return (coming, merge(state, attend(q, k, v, every(number)))), None
+        def hop(carry: Any, number: Array) -> tuple[Any, None]:
+            (k, v), state = carry
+            coming = place.pass_on((k, v))  # while this block is met
+            return (coming, merge(state, attend(q, k, v, every(number)))), None  # noqa: B023
 
-    with_text, with_text_lse = attend(q, my_tk, my_tv, txt_valid)
-    (last, state), _ = jax.lax.scan(hop, ((k, v), (with_text.astype(jnp.float32), with_text_lse)), jnp.arange(place.hops - 1))
-    out, lse = merge(state, attend(q, last[0], last[1], every(place.hops - 1)))
+        with_text, with_text_lse = attend(q, tk, tv, txt_valid)
+        (last, state), _ = jax.lax.scan(hop, ((k, v), (with_text.astype(jnp.float32), with_text_lse)), jnp.arange(place.hops - 1))
+        out, lse = merge(state, attend(q, last[0], last[1], every(place.hops - 1)))
+        images += place.heads_for_tokens(out.astype(v.dtype))
+        kept.append((q, k, v))
+        lses.append(lse)
+    for (_, k, v), (tq, tk, tv) in zip(kept, text, strict=True):
+        every = functools.partial(place.valid, how.length, k.shape[1])
+        of_image = attend(tq, k, v, every(0))
+        of_text = attend(tq, tk, tv, txt_valid & (place.group == 0))
+        parts.append(merge(of_image, of_text))
 
-    of_image = attend(my_tq, k, v, every(0))
-    of_text = attend(my_tq, my_tk, my_tv, txt_valid & (place.group == 0))
-    part, part_lse = merge(of_image, of_text)
-    part_lse = place.among_all(part_lse, fill=-jnp.inf)
+    part_lse = _heads([place.among_all(lse, fill=-jnp.inf) for _, lse in parts])
     peak = jnp.maximum(jax.lax.pmax(part_lse, AXIS), -1e30)
     share = jnp.exp(part_lse - peak)
     total = jax.lax.psum(share, AXIS)
-    txt_out = jax.lax.psum(place.among_all(part, fill=0.0) * share[..., None], AXIS) / jnp.maximum(total, 1e-30)[..., None]
+    part = _heads([place.among_all(part, fill=0.0) for part, _ in parts])
+    txt_out = jax.lax.psum(part * share[..., None], AXIS) / jnp.maximum(total, 1e-30)[..., None]
     txt_lse = peak + jnp.log(total)
-
-    img_out = place.heads_for_tokens(out.astype(v.dtype))
-    return (img_out, txt_out.astype(v.dtype)), (q, k, v, lse, txt_lse)
+    return (_heads(images), txt_out.astype(v.dtype)), (kept, (lses, txt_lse))
 
 
-def _backward(q: Array, k: Array, v: Array, lse: Array, txt_lse: Array, *rest: Array, how: "How") -> tuple[Array, ...]:
+def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any, slopes: Any, *, how: "How") -> tuple[Array, ...]:
     """Gradients of all six inputs; those of text are summed over the devices, each of which has met other keys or queries."""
-    tq, tk, tv, txt_lengths, out, txt_out, slope, txt_slope = rest
-    place, attend_backward = _Place(how.degree), how.kernel(v).attend_backward
-    out, slope = (place.tokens_for_heads(x) for x in (out, slope))
-    my_tq, my_tk, my_tv, my_txt_out, my_slope, my_lse = (place.my_heads(x) for x in (tq, tk, tv, txt_out, txt_slope, txt_lse))
-    block, txt_valid = k.shape[1], jnp.arange(tk.shape[1]) < txt_lengths[:, None]
-    every = functools.partial(place.valid, how.length, block)
+    (lses, txt_lse), dtype = sums, kept[0][2].dtype
+    place, attend_backward = _Place(how.degree), how.kernel(kept[0][2]).attend_backward
+    of_text_queries = [[place.my_heads(x) for x in turn] for turn in place.turns(*text, txt_lse, results[1], slopes[1])]
+    txt_valid = jnp.arange(text[1].shape[1]) < txt_lengths[:, None]
+    image: list[Any] = []
+    of_text: list[Any] = []
+    like_keys = lambda *grads: tuple(x.astype(dtype) for x in grads)  # noqa: E731
+    turns = zip(kept, lses, of_text_queries, place.turns(results[0], slopes[0]), strict=True)
+    for (q, k, v), lse, (tq, tk, tv, txt_lse, txt_out, txt_slope), sides in turns:
+        out, slope = place.tokens_for_heads(*sides)
+        every = functools.partial(place.valid, how.length, k.shape[1])
 
-    def hop(carry: Any, number: Array) -> tuple[Any, None]:
-        (k, v), (dk, dv), dq = carry
-        # Keys go ahead, and what others have found of their gradients follows one hop behind, as exact as keys are: both while this
-        # block is met.
-        coming, (dk, dv) = place.pass_on((k, v)), place.pass_on((dk, dv))
-        more_dq, more_dk, more_dv = attend_backward(q, k, v, every(number), out, lse, slope)
-        return (coming, like_keys(dk + more_dk, dv + more_dv), dq + more_dq), None
+        def hop(carry: Any, number: Array) -> tuple[Any, None]:
+            (k, v), (dk, dv), dq = carry
+            # Keys go ahead, and what others have found of their gradients follows one hop behind, as exact as keys are: both while
+            # this block is met.
+            coming, (dk, dv) = place.pass_on((k, v)), place.pass_on((dk, dv))
+            more_dq, more_dk, more_dv = attend_backward(q, k, v, every(number), out, lse, slope)  # noqa: B023
+            return (coming, like_keys(dk + more_dk, dv + more_dv), dq + more_dq), None
 
-    like_keys = lambda *grads: tuple(x.astype(v.dtype) for x in grads)  # noqa: E731
-    coming = place.pass_on((k, v)) if place.hops > 1 else (k, v)
-    dq, *of_keys = attend_backward(q, k, v, every(0), out, lse, slope)
-    (_, (dk, dv), dq), _ = jax.lax.scan(hop, (coming, like_keys(*of_keys), dq), jnp.arange(1, place.hops))
-    if place.hops > 1:
-        dk, dv = place.pass_on((dk, dv))  # home, while text is met
-
-    of_image = attend_backward(my_tq, k, v, every(0), my_txt_out, my_lse, my_slope)
-    with_text = attend_backward(q, my_tk, my_tv, txt_valid, out, lse, slope)
-    of_text = attend_backward(my_tq, my_tk, my_tv, txt_valid & (place.group == 0), my_txt_out, my_lse, my_slope)
-    dq, dk, dv = dq + with_text[0], dk + of_image[1], dv + of_image[2]
-    dtq, dtk, dtv = of_image[0] + of_text[0], with_text[1] + of_text[1], with_text[2] + of_text[2]
-
-    image = (place.heads_for_tokens(x.astype(v.dtype)) for x in (dq, dk, dv))
-    text = (jax.lax.psum(place.among_all(x, fill=0.0), AXIS).astype(v.dtype) for x in (dtq, dtk, dtv))
-    return (*image, *text)
+        with_text = attend_backward(q, tk, tv, txt_valid, out, lse, slope)
+        coming = place.pass_on((k, v)) if place.hops > 1 else (k, v)
+        dq, *of_keys = attend_backward(q, k, v, every(0), out, lse, slope)
+        (_, (dk, dv), dq), _ = jax.lax.scan(hop, (coming, like_keys(*of_keys), dq), jnp.arange(1, place.hops))
+        if place.hops > 1:
+            dk, dv = place.pass_on((dk, dv))  # home, while text is met
+        of_image = attend_backward(tq, k, v, every(0), txt_out, txt_lse, txt_slope)
+        image.append(place.heads_for_tokens(*like_keys(dq + with_text[0], dk + of_image[1], dv + of_image[2])))
+        of_text.append((of_image[0], with_text[1], with_text[2]))
+    for n, (tq, tk, tv, txt_lse, txt_out, txt_slope) in enumerate(of_text_queries):
+        among_text = attend_backward(tq, tk, tv, txt_valid & (place.group == 0), txt_out, txt_lse, txt_slope)
+        of_text[n] = tuple(place.among_all(one + other, fill=0.0) for one, other in zip(of_text[n], among_text, strict=True))
+    whole = (jax.lax.psum(_heads(x), AXIS).astype(dtype) for x in zip(*of_text, strict=True))
+    return (*(_heads(x) for x in zip(*image, strict=True)), *whole)
 
 
 # --- On the mesh ---------------------------------------------------------------------------------------------------------------
@@ -170,22 +198,22 @@ def _attention_forward(how: How, *arrays: Array) -> Any:
     run = jax.shard_map(
         functools.partial(_forward, how=how),
         in_specs=(IMAGE,) * 3 + (TEXT,) * 3 + (ROWS,),
-        out_specs=((IMAGE, TEXT), (IMAGE,) * 4 + (TEXT,)),
+        out_specs=((IMAGE, TEXT), (IMAGE, (IMAGE, TEXT))),
         check_vma=False,
     )
-    results, (q, k, v, *sums) = run(*arrays)
+    results, (kept, sums) = run(*arrays)
     results, sums = checkpoint_name((results, sums), SAVED)
-    return results, (q, k, v, *sums, *arrays[3:], *results)
+    return results, (kept, sums, arrays[3:6], arrays[6], results)
 
 
-def _attention_backward(how: How, kept: tuple[Array, ...], slopes: tuple[Array, Array]) -> tuple[Any, ...]:
-    run = jax.shard_map(
+def _attention_backward(how: How, kept: Any, slopes: tuple[Array, Array]) -> tuple[Any, ...]:
+    run: Callable[..., Any] = jax.shard_map(
         functools.partial(_backward, how=how),
-        in_specs=(IMAGE,) * 4 + (TEXT,) * 4 + (ROWS, IMAGE, TEXT, IMAGE, TEXT),
+        in_specs=(IMAGE, (IMAGE, TEXT), TEXT, ROWS, (IMAGE, TEXT), (IMAGE, TEXT)),
         out_specs=(IMAGE,) * 3 + (TEXT,) * 3,
         check_vma=False,
     )
-    return (*run(*kept, *slopes), None)
+    return (*run(*kept, slopes), None)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
