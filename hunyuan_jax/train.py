@@ -375,7 +375,8 @@ class Course:
         """Reads the batch of step `number` (from 0) and takes the step."""
         run, step = self._run, number + 1
         bucket = self._schedule.step(number).bucket
-        with run.at("data", f"the reading of the batch of step {step}", kind=("batch", bucket), hidden=self._at_work):
+        kind = ("batch", bucket) if number > self._start else None  # before the first nothing is read ahead
+        with run.at("data", f"the reading of the batch of step {step}", kind=kind, hidden=self._at_work):
             batch = read_batch(self._batches, self._schedule, run.setup.dataset, number)
         if run.profiler.begins(step):
             with run.at("profiling", f"the beginning of a profile of step {step}"):

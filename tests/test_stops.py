@@ -338,13 +338,16 @@ def test_what_hangs_in_a_training_ends_it_soon_and_costs_what_was_done_since_the
 
 
 def test_the_watchdog_is_told_of_all_that_may_take_long(run, tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(stops.Watchdog, "doing", lambda self, what, kind=None: told.append(what))
+    kinds = {}
+    monkeypatch.setattr(stops.Watchdog, "doing", lambda self, what, kind=None: kinds.update({what: kind}))
     run(tmp_path, steps=5)
+    told = list(kinds)
     step = ["the reading of the batch of step {}", "the start of step {}"]
     assert told[1:5] == [text.format(n) for n in (1, 2) for text in step]
     last = ["the start of step 5", "the line of the log after step 5", "measuring after step 5", "the saving of step 5"]
     assert told[-5:] == [*last, "the saving of the last step"]
+    readings = [kinds[step[0].format(n)] for n in (1, 2, 3)]
+    assert readings == [None, ("batch", 0), ("batch", 0)]  # the first has nothing that was read ahead
 
 
 @pytest.mark.parametrize(("error", "kind"), [(ValueError("odd bytes"), RuntimeError), (UserError("It is damaged."), UserError)])
