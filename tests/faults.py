@@ -274,10 +274,24 @@ def kill(tally: Tally, processes: Processes, workdir: Path, *, draw: random.Rand
     return True
 
 
+def uninterrupted(start: Callable[[Path], Processes], task: str, folder: Path) -> Left:
+    """What a training of the task leaves that nobody disturbs."""
+    folder.mkdir()
+    codes = start(folder).wait(60 * MINUTES)
+    if any(codes):
+        raise RuntimeError(f"The uninterrupted run ended in {codes}; see {folder / 'log.txt'}")
+    return Left.by(folder / "run", STEPS[task])
+
+
+def differing(reference: Left, workdir: Path, task: str) -> tuple[int, int]:
+    """The bits, and the logged values, in which a run differs from the one that nobody disturbed."""
+    found = Left.by(workdir, STEPS[task])
+    return reference.differing_bits(found), reference.differing_values(found)
+
+
 def compare(tally: Tally, workdir: Path, reference: Left) -> None:
     """Counts what differs from the run that nobody disturbed."""
-    found = Left.by(workdir, STEPS[tally.task])
-    bits, values = reference.differing_bits(found), reference.differing_values(found)
+    bits, values = differing(reference, workdir, tally.task)
     tally.runs, tally.bits, tally.values = tally.runs + 1, tally.bits + bits, tally.values + values
     if bits or values:
         tally.wrong.append(f"{bits} bits and {values} logged values differ")
@@ -301,13 +315,10 @@ def kill_and_compare(
                 continue
             name = f"{tally.task}-{tally.processes}"
             if name not in references:
-                began, whole = time.monotonic(), folder / name
-                whole.mkdir()
-                codes = Processes(starter, tally.task, tally.processes, whole, data=folder / "data").wait(60 * MINUTES)
-                if any(codes):
-                    raise RuntimeError(f"The uninterrupted run ended in {codes}; see {whole / 'log.txt'}")
+                began, start = time.monotonic(), functools.partial(Processes, starter, tally.task, tally.processes, data=folder / "data")
+                whole = uninterrupted(start, tally.task, folder / name)
                 seconds = time.monotonic() - began
-                references[name] = Left.by(whole / "run", STEPS[tally.task]), seconds / 2
+                references[name] = whole, seconds / 2
                 say(f"{name}: {STEPS[tally.task]} steps take {seconds:.1f} s, with what is compiled")
             place = folder / f"{name} {tally.kind}"
             place.mkdir()
@@ -413,11 +424,7 @@ def hang_and_compare(
             count, place = tally.processes, folder / f"hang-{number}"
             start = functools.partial(Processes, starter, task, count, data=folder / "data", loop=loop)
             if count not in references:
-                whole = folder / f"whole-{count}"
-                whole.mkdir()
-                if any(codes := start(whole).wait(60 * MINUTES)):
-                    raise RuntimeError(f"The uninterrupted run ended in {codes}; see {whole / 'log.txt'}")
-                references[count] = Left.by(whole / "run", STEPS[task])
+                references[count] = uninterrupted(start, task, folder / f"whole-{count}")
             place.mkdir()
             hang = {"place": tally.place, "step": draw.choice(PLACES[tally.place]), "process": draw.randrange(count)}
             hanging = start(place, hang=hang)
@@ -433,8 +440,7 @@ def hang_and_compare(
             elif any(codes := start(place).wait(60 * MINUTES)):
                 tally.wrong.append(f"{hang} in {place}: the next start ended in {codes}")
             else:
-                found = Left.by(place / "run", STEPS[task])
-                bits, values = references[count].differing_bits(found), references[count].differing_values(found)
+                bits, values = differing(references[count], place / "run", task)
                 tally.bits, tally.values = tally.bits + bits, tally.values + values
                 tally.wrong += [f"{hang} in {place}: {bits} bits and {values} logged values differ"] if bits or values else []
             say(f"{count} processes, {hang}: all had ended after {took:.1f} s")
