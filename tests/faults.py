@@ -552,8 +552,8 @@ def table_of_damage(outcomes: Mapping[tuple[str, str], int]) -> str:
 
 LENGTHS = {"linear": (96, 112, 128), "t2v": (40, 48)}  # steps
 LEARNING_RATE = {"linear": 0.2, "t2v": 7e-3}
-# How far the last loss may lie from that of the run without them, relative. The DiT learns its few clips by heart, so that what it is
-# worth on others depends on the order of its samples: of it the distance is told and not judged.
+# How far the last loss may lie from that of the run without them, relative. Of the DiT, which sees but a few clips of noise, the distance
+# is told and not judged.
 NEAR = {"linear": 0.01, "t2v": math.inf}
 VALUES = (np.nan, np.inf, -np.inf, 1e30)  # the last has a loss, whose gradient is too large for a number
 

@@ -118,7 +118,6 @@ OPTIMIZER = f"""{BEGIN}
 import dataclasses, json
 from configs import t2v_13b
 from hunyuan_jax import plan
-from hunyuan_jax.data.buckets import Bucket
 
 config = t2v_13b.get_config("image_256")
 config.model.update({{"width": 512, "num_heads": 4, "num_double_blocks": 2, "num_single_blocks": 4}})
@@ -127,7 +126,7 @@ chip, devices = plan.target("v5p:2x2x1")
 bucket = dataclasses.replace(plan.costliest(config, ""), batch=4)
 state = plan.state_bytes(plan.state_shapes(config), {{"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}})
 memory = plan.compile_step(config, bucket, devices).memory_analysis()
-sizes = {{"device": memory.argument_size_in_bytes, "host": memory.host_argument_size_in_bytes, "temporary": memory.temp_size_in_bytes}}
+sizes = {{"device": memory.argument_size_in_bytes, "host": memory.host_argument_size_in_bytes}}
 print(json.dumps(sizes | dict(zip(("parameters", "optimizer", "average", "checkpoint"), state))))
 """
 

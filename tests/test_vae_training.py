@@ -329,7 +329,7 @@ def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
         assert task.model == dataclasses.replace(VAEConfig(), remat="full", dtype="bfloat16")
 
 
-@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="LONG_TESTS=1 compiles the full-size step for TPUs: some 10 minutes on 2 cores")
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="LONG_TESTS=1 compiles the full-size step for TPUs: many minutes on 2 cores")
 def test_the_full_size_step_of_the_last_stage_compiles_for_tpus_and_fits_them(monkeypatch):
     """By an upper bound: the passes of the compiler that save memory and time are left out, for it to end in minutes."""
     bucket = "65x512x512"

@@ -33,7 +33,6 @@ ROWS = P(("data", "fsdp"))
 
 Method = Literal["ring", "heads"]
 
-
 MOST_TURNS = 2  # in which heads are exchanged, while those of the other are met: more would wait for each other
 
 
