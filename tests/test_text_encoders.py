@@ -11,6 +11,7 @@ import pytest
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.text_encoders import CLIPText, CLIPTextConfig, TextTower, TextTowerConfig, abstract_params
 from hunyuan_jax.text_weights import released_name
+from tests.commands import run_program
 
 SMALL = TextTowerConfig(vocab_size=50, width=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_width=48)
 CLIP = CLIPTextConfig(vocab_size=60, max_positions=14, width=32, num_layers=3, num_heads=4, mlp_width=48)
@@ -191,3 +192,39 @@ def test_impossible_clips_are_refused(wrong):
 def test_clip_refuses_texts_longer_than_its_positions():
     with pytest.raises(UserError, match="at most 14 tokens, and a text has 15"):
         CLIPText(CLIP).apply({"params": random_params(CLIP)}, np.zeros((1, 15), int))
+
+
+EXCHANGED = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 4)
+from hunyuan_jax.hlo import Program
+from hunyuan_jax.models.text_encoders import CLIPText, CLIPTextConfig, TextTower, TextTowerConfig, abstract_params
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import batch_sharding, param_shardings, replicated
+
+mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+language = TextTowerConfig(vocab_size=640, width=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=96)
+clip = CLIPTextConfig(vocab_size=640, max_positions=12, width=64, num_layers=2, num_heads=4, mlp_width=96)
+ids, mask, clip_ids = (
+    jax.ShapeDtypeStruct((8, length), dtype, sharding=batch_sharding(mesh))
+    for length, dtype in ((40, jnp.int32), (40, jnp.bool_), (12, jnp.int32))
+)
+for encoder, config, inputs in ((TextTower, language, (ids, mask)), (CLIPText, clip, (clip_ids,))):
+    shapes = abstract_params(config)
+    places = param_shardings(shapes, mesh)
+    params = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places)
+    run = lambda params, *x: encoder(config).apply({"params": params}, *x)
+    outputs = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(run, params, *inputs)))
+    with jax.set_mesh(mesh):
+        program = jax.jit(run, out_shardings=replicated(mesh))
+        exchanges = Program(program.lower(params, *inputs).compile().as_text()).exchanges(dict(mesh.shape))
+    kernels = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes) if path[-1].key == "kernel")
+    wanted = {"all-gather": 3 / 4 * 4 * (kernels + inputs[0].size + outputs), "all-to-all": 3 / 4 * inputs[0].size / 4 * 64 * 4}
+    sent = {kind: sum(e.sent * e.times for e in exchanges if e.kind == kind) for kind in {e.kind for e in exchanges}}
+    assert sent == wanted, (encoder, sent, wanted)
+print("kernels alone")
+"""
+
+
+def test_over_devices_kernels_travel_and_the_features_that_are_looked_up_and_no_table_and_no_other_activation():
+    assert run_program(EXCHANGED) == "kernels alone"

@@ -32,13 +32,13 @@ ZERO_INIT = nn.initializers.zeros_init()
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-def linear(features: int, *, name: str, dtype: DTypeLike, kernel_init: Initializer = LINEAR_INIT) -> nn.Dense:
-    """A biased linear layer: parameters in float32, the product in `dtype`."""
+def linear(features: int, *, name: str, dtype: DTypeLike, use_bias: bool = True, kernel_init: Initializer = LINEAR_INIT) -> nn.Dense:
+    """A linear layer: the product in `dtype`, of a kernel that is gathered where it is multiplied."""
 
     def product(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
         return as_product(jax.lax.dot_general(x, as_multiplied(kernel, name), *args, **kwargs), kernel, name)
 
-    return nn.Dense(features, name=name, dtype=dtype, kernel_init=kernel_init, dot_general=product)
+    return nn.Dense(features, use_bias=use_bias, name=name, dtype=dtype, kernel_init=kernel_init, dot_general=product)
 
 
 def sinusoid(t: Float[Array, " B"], features: int = SINUSOID_FEATURES) -> Float[Array, "B F"]:

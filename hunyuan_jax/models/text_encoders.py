@@ -13,6 +13,7 @@ Axis letters: B texts, L tokens, D width, H heads, K heads of keys and values, d
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -21,6 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.layers import linear
+from hunyuan_jax.parallel.sharding import looked_up
 
 Dtype = Literal["float32", "bfloat16"]
 # What CLIP's config says where its end-of-text token was never filled in, as in the released one.
@@ -149,21 +152,19 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: Float[Array, "B L D"], seen: Bool[Array, "B L L"]) -> Float[Array, "B L D"]:
         c = self.config
         init = nn.initializers.variance_scaling(c.init_scale**2, "fan_in", "normal")
-
-        def linear(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, dtype=c.dtype, kernel_init=init, name=name)
+        product = functools.partial(linear, use_bias=False, dtype=c.dtype, kernel_init=init)
 
         def heads(x: Array, count: int, name: str) -> Array:
-            return linear(count * c.head_width, name)(x).reshape(*x.shape[:2], count, c.head_width)
+            return product(count * c.head_width, name=name)(x).reshape(*x.shape[:2], count, c.head_width)
 
         h = RMSNorm(c.norm_eps, name="input_layernorm")(x)
         q, k, v = heads(h, c.num_heads, "q_proj"), heads(h, c.num_kv_heads, "k_proj"), heads(h, c.num_kv_heads, "v_proj")
         q, k = rotate(q, theta=c.rope_theta), rotate(k, theta=c.rope_theta)
-        x = x + linear(c.width, "o_proj")(attend(q, k, v, seen))
+        x = x + product(c.width, name="o_proj")(attend(q, k, v, seen))
 
         h = RMSNorm(c.norm_eps, name="post_attention_layernorm")(x)
-        gated = nn.silu(linear(c.mlp_width, "gate_proj")(h)) * linear(c.mlp_width, "up_proj")(h)
-        return x + linear(c.width, "down_proj")(gated)
+        gated = nn.silu(product(c.mlp_width, name="gate_proj")(h)) * product(c.mlp_width, name="up_proj")(h)
+        return x + product(c.width, name="down_proj")(gated)
 
 
 class TextTower(nn.Module):
@@ -175,7 +176,7 @@ class TextTower(nn.Module):
     def __call__(self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
         c = self.config
         embedding = self.param("embed_tokens", nn.initializers.normal(1.0), (c.vocab_size, c.width))
-        x = embedding[tokens].astype(c.dtype)
+        x = looked_up(embedding, tokens).astype(c.dtype)
         length = tokens.shape[1]
         # A query in the padding still sees itself, so that no row of the softmax is empty.
         seen = causal(length) & (mask[:, None, :] | jnp.eye(length, dtype=bool))
@@ -192,16 +193,15 @@ class CLIPLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         c = self.config
-
-        def linear(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=c.dtype, name=name)
+        product = functools.partial(linear, dtype=c.dtype)
 
         h = clip_norm(c, "layer_norm1")(x)
-        q, k, v = (linear(c.width, name)(h).reshape(*x.shape[:2], c.num_heads, c.head_width) for name in ("q_proj", "k_proj", "v_proj"))
-        x = x + linear(c.width, "out_proj")(attend(q, k, v, causal(x.shape[1])[None]))
+        heads = (*x.shape[:2], c.num_heads, c.head_width)
+        q, k, v = (product(c.width, name=name)(h).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
+        x = x + product(c.width, name="out_proj")(attend(q, k, v, causal(x.shape[1])[None]))
 
-        h = linear(c.mlp_width, "fc1")(clip_norm(c, "layer_norm2")(x))
-        return x + linear(c.width, "fc2")(h * nn.sigmoid(1.702 * h))
+        h = product(c.mlp_width, name="fc1")(clip_norm(c, "layer_norm2")(x))
+        return x + product(c.width, name="fc2")(h * nn.sigmoid(1.702 * h))
 
 
 def clip_norm(config: CLIPTextConfig, name: str) -> nn.LayerNorm:
@@ -227,7 +227,7 @@ class CLIPText(nn.Module):
         init = nn.initializers.normal(0.02)
         embedding = self.param("token_embedding", init, (c.vocab_size, c.width))
         positions = self.param("position_embedding", init, (c.max_positions, c.width))
-        x = embedding[tokens].astype(c.dtype) + positions[:length].astype(c.dtype)
+        x = looked_up(embedding, tokens).astype(c.dtype) + positions[:length].astype(c.dtype)
         for layer in range(c.num_layers):
             x = CLIPLayer(c, name=f"layers_{layer}")(x)
         states = clip_norm(c, "final_layer_norm")(x)

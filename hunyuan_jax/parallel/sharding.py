@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hunyuan_jax.errors import UserError
 
@@ -96,6 +96,17 @@ def split_samples(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     Said of what blocks take and give, lest a compiler split features like the weights, and sum whole batches over the devices.
     """
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Within a program: the rows of an embedding, with samples split as above.
+
+    Every device looks up its own features of all tokens and changes them for all features of its own: the table stays where it is.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[tokens]
+    tokens = jax.lax.with_sharding_constraint(tokens, PartitionSpec())
+    return split_samples(jax.lax.with_sharding_constraint(table[tokens], PartitionSpec(None, None, "fsdp")))
 
 
 def sequence_size() -> int:
