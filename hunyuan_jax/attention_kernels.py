@@ -151,6 +151,11 @@ def block_length(tokens: int) -> int:
     return min(BLOCKS, key=lambda size: (-(-tokens // size) * size, -size))
 
 
+def filled_up(tokens: int) -> int:
+    """How many tokens the kernels see: whole blocks."""
+    return tokens + -tokens % block_length(tokens)
+
+
 def block_sizes(queries: int, keys: int) -> splash.BlockSizes:
     """The blocks of both kernels, of padded numbers of queries and keys; one kernel makes all gradients, with two products fewer."""
     q, kv = block_length(queries), block_length(keys)
@@ -201,7 +206,7 @@ class _Padded(NamedTuple):
 
 
 def _heads_first(x: Float[Array, "B L H d"]) -> Float[Array, "B H L d"]:
-    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % block_length(x.shape[1])), (0, 0)))
+    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, filled_up(x.shape[1]) - x.shape[1]), (0, 0)))
 
 
 def _tokens_first(x: Array, tokens: int) -> Array:

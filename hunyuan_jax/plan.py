@@ -29,6 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from hunyuan_jax.attention_kernels import filled_up
 from hunyuan_jax.chips import Chip, chip_named
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket, sample_cost, token_count
@@ -38,6 +39,7 @@ from hunyuan_jax.hlo import Exchange, Program
 from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.compiler_options import step_options
+from hunyuan_jax.parallel.context_attention import degree_of
 from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding, rule_for
 from hunyuan_jax.settings import build, parse_flags
@@ -225,11 +227,26 @@ def state_bytes(shapes: TrainState, mesh: Mapping[str, int]) -> tuple[float, flo
     return params + critic, kept, params, whole(shapes)
 
 
-def dit_flops(config: DiTConfig, bucket: Bucket, mesh: Mapping[str, int], num_txt: int) -> tuple[int, StepFlops]:
+def pairs_seen(config: DiTConfig, tokens: int, num_txt: int, mesh: Mapping[str, int], *, blocks: bool) -> int:
+    """Pairs of a query and a key in one sample's attention, over all devices that share it; in `blocks`, those that fill them up included.
+
+    Text is everywhere: in a ring, every part of it computes the text's attention to itself. Raises `UserError` as `degree_of` does.
+    """
+    seen = filled_up if blocks else lambda count: count
+    devices, degree = mesh["sequence"], degree_of(config.context, config.num_heads, mesh)
+    if devices == 1:
+        return seen(tokens + num_txt) ** 2
+    parts = devices // degree
+    image, txt = parts * seen(degree * -(-tokens // devices)), seen(num_txt)
+    return image**2 + 2 * image * txt + parts * txt**2
+
+
+def dit_flops(config: DiTConfig, bucket: Bucket, mesh: Mapping[str, int], num_txt: int, *, blocks: bool) -> tuple[int, StepFlops]:
     """Image tokens of a sample, and the FLOPs of a batch."""
     temporal, spatial = config.patch_size[0], config.patch_size[1]
     tokens = token_count(*bucket.shape, temporal=4 * temporal, spatial=8 * spatial)
-    one = dit_step_flops(config, tokens, num_txt, filled=(-(-tokens // mesh["sequence"]) * mesh["sequence"] / tokens) ** 2)
+    filled = pairs_seen(config, tokens, num_txt, mesh, blocks=blocks) / (tokens + num_txt) ** 2
+    one = dit_step_flops(config, tokens, num_txt, filled=filled)
     return tokens, StepFlops(*(bucket.batch * value for value in dataclasses.astuple(one)))
 
 
@@ -321,8 +338,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
         exchanges: list[Exchange] = []
         memory = Memory(*state[:3], 0.0, 0.0)
     else:
-        _check_heads(task.model, mesh)
-        tokens, flops = dit_flops(task.model, bucket, mesh, config.data.text_length)
+        tokens, flops = dit_flops(task.model, bucket, mesh, config.data.text_length, blocks=chip.name not in GPUS)
         memory = arithmetic_memory(task.model, tokens, samples, state, mesh)
         parameters = state[0] * mesh["fsdp"] * mesh["tensor"]
         exchanges = arithmetic_exchanges(task.model, tokens, samples, parameters, mesh)
@@ -352,14 +368,6 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
         exchanged["+".join(exchange.axes) or "one device"] += exchange.times * exchange.sent
     times = roofline(chip, len(devices), flops, memory, exchanges)
     return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels)
-
-
-def _check_heads(config: DiTConfig, mesh: Mapping[str, int]) -> None:
-    if config.num_heads % mesh["tensor"]:
-        fitting = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
-        raise UserError(
-            f"mesh.tensor={mesh['tensor']} does not divide the {config.num_heads} heads; set it to one of {', '.join(map(str, fitting))}."
-        )
 
 
 def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:

@@ -9,7 +9,7 @@ from hunyuan_jax import plan
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.flops import dit_forward_flops
 from hunyuan_jax.models.dit import DiTConfig
-from tests.commands import run_module
+from tests.commands import run_module, run_program
 
 CONFIG = "--config=configs/t2v_13b.py:video_720"
 PARAMETERS = 12_810_782_784
@@ -55,6 +55,55 @@ def test_what_is_computed_follows_from_recomputation():
     assert none.hardware < attention.hardware < full.hardware
     assert attention.hardware / attention.model == pytest.approx(1.19, abs=0.01)  # five products for four, and linear layers again
     assert full.hardware / full.model == pytest.approx(1.48, abs=0.01)
+
+
+PAIRS = """
+import math
+import jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 8)
+from jax.extend import core
+from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.parallel.context_attention import How, context_attention, degree_of
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.plan import pairs_seen
+
+def seen(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            q, k = [v.aval.shape for v in equation.invars if v.aval.shape[-1] == 16][:2]
+            total += math.prod(q[:-1]) * k[-2]
+        else:
+            inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr))
+            programs = [getattr(p, "jaxpr", p) for p in inner if isinstance(p, core.ClosedJaxpr | core.Jaxpr)]
+            total += equation.params.get("length", 1) * sum(map(seen, programs))
+    return total
+
+tokens, txt, heads = 7001, 130, 4
+for context, sequence in (("ring", 8), ("heads", 8), ("heads", 4)):
+    config = DiTConfig(width=16 * heads, num_heads=heads, rope_axes=(4, 4, 8), num_double_blocks=1, num_single_blocks=1, text_dim=8,
+                       pooled_dim=8, context=context)
+    mesh = make_mesh(MeshConfig(data=-1, sequence=sequence))
+    samples, filled = 8 // sequence, -(-tokens // sequence) * sequence
+    x = [jax.ShapeDtypeStruct((samples, count, heads, 16), jnp.float32) for count in 3 * [filled] + 3 * [txt]]
+    how = How(tokens, degree_of(context, heads, mesh.shape), "splash")
+    with jax.set_mesh(mesh):
+        run = lambda lengths, *x: context_attention(x[:3], x[3:], txt_lengths=lengths, how=how)
+        kernels = seen(jax.make_jaxpr(run)(jax.ShapeDtypeStruct((samples,), jnp.int32), *x).jaxpr)
+    assert sequence * kernels == heads * pairs_seen(config, tokens, txt, mesh.shape, blocks=True), (context, sequence)
+print("counted")
+"""
+
+
+def test_what_fills_up_the_blocks_of_a_tpus_kernels_is_counted():
+    """The kernels' own shapes, in the traced program: one forward kernel's pairs, times how often it runs, over all devices."""
+    assert run_program(PAIRS) == "counted"
+    whole, filled = (
+        plan.pairs_seen(DiTConfig(**t2v_13b.get_config("video_720").model), 118_800, 256, {"sequence": 8, "tensor": 1}, blocks=blocks)
+        for blocks in (False, True)
+    )
+    assert whole == (118_800 + 256) ** 2 + 7 * 256**2
+    assert filled / whole == pytest.approx((8 * 13 * 1152 / 118_800) ** 2, rel=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -479,5 +479,5 @@ def joint_conditions(
     context = None
     backend = backend_for(config.attention, config.compute_dtype)
     if devices > 1:
-        context = How(num_img, degree_of(config.context, config.num_heads), backend)
+        context = How(num_img, degree_of(config.context, config.num_heads, jax.sharding.get_abstract_mesh().shape), backend)
     return Conditions(vec=vec, clean=clean, rope=rope, kv_lengths=num_img + txt_lengths, backend=backend, context=context)

@@ -15,7 +15,7 @@ Axis letters: B samples, L image tokens (padded to a multiple of the devices), S
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -248,13 +248,12 @@ def _filled(*arrays: Array) -> list[Array]:
     return [jnp.pad(x, ((0, fill), *((0, 0) for _ in x.shape[1:]))) for x in arrays]
 
 
-def degree_of(method: Method, heads: int) -> int:
-    """How many devices of the mesh share heads: one for "ring", and for "heads" as many as can.
+def degree_of(method: Method, heads: int, mesh: Mapping[str, int]) -> int:
+    """How many devices share heads on a mesh of these sizes: one for "ring", and for "heads" as many as can.
 
     Raises `UserError` where `tensor` does not divide the heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    size, tensor = mesh.shape[AXIS], mesh.shape["tensor"]
+    size, tensor = mesh[AXIS], mesh["tensor"]
     if heads % tensor:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise UserError(f"mesh.tensor={tensor} does not divide the {heads} heads; set it to one of {', '.join(map(str, fitting))}.")
