@@ -8,7 +8,7 @@ the shapes of long_512, and half of its steps, drawn at random, encode and decod
 of 246,478,803 parameters, trained from nothing and from no image VAE. Frames are taken at a random interval of 1 to 8.
 
 Three parts are for two CPU cores; all go on from the small VAE in configs/shapes_vae, which was trained with L1 + KL on the shapes
-world. shapes brings in the adversary, shapes_tiling the tiles, both on that world; films learns real videos. The same steps without
+world. shapes brings in the adversary, shapes_tiling the tiles and a weight of seams, on that world; films learns real videos. The same without
 the adversary, to compare with, are those of a critic that never starts: --config.critic.start_step=1000000000.
 """
 
@@ -62,7 +62,7 @@ _SMALL = {"learning_rate": 3e-4, "critic_start": 100, "buckets": ((1, 64, 64, 8,
 FILMS = {"steps": 3000, "learning_rate": 6e-4, "critic_start": 1500, "resize": (128, 128), "held_out": 0.2}
 SMALL: dict[str, Any] = {
     "shapes": {"steps": 2000, **_SMALL},
-    "shapes_tiling": {"steps": 1000, "tiled": True, **_SMALL},
+    "shapes_tiling": {**_SMALL, "steps": 2000, "tiled": True, "learning_rate": 6e-4, "seam_weight": 2.0},
     "films": {**_SMALL, **FILMS},
 }
 SMALL_TILING = {"tile": (8, 32, 32), "overlap": (4, 8, 8), "at_once": True}
@@ -94,7 +94,13 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "remat": "full",
                 "dtype": "bfloat16",
             },
-            "loss": {"kl_weight": 1e-6, "lpips_weight": 0.1, "lpips_files": "", "lpips_frames": 8},
+            "loss": {
+                "kl_weight": 1e-6,
+                "seam_weight": stage.get("seam_weight", 0.0),
+                "lpips_weight": 0.1,
+                "lpips_files": "",
+                "lpips_frames": 8,
+            },
             "critic": {
                 "model": {"widths": (64, 128, 256, 512), "time_halvings": 2, "convolution": "volume", "dtype": "bfloat16"},
                 "optimizer": {"learning_rate": stage["learning_rate"], "warmup_steps": 500, "b1": 0.5, "b2": 0.99},

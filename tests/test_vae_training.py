@@ -179,7 +179,7 @@ def test_each_network_has_the_gradient_of_its_own_loss_alone(states, params, bat
 
     def parts(params, critic):
         frames, kl = TASK.draw(params, batch, KEY)
-        return TASK.fidelity(frames, batch, KEY)[0], critics.hinge_loss_of_generator(CRITIC.logits(critic, frames)), kl
+        return TASK.fidelity(frames, batch, KEY, whole=None)[0], critics.hinge_loss_of_generator(CRITIC.logits(critic, frames)), kl
 
     def critic_loss(critic):
         made, _ = TASK.draw(params, batch, KEY)
@@ -295,6 +295,33 @@ def test_a_tiled_batch_goes_through_tiles_and_its_seams_are_measured(batch):
     code = jax.jit(lambda x: VAE_TASK.reconstruct(params, x), compiler_options=FAST)
     seams = np.clip(np.concatenate([code(half) for half in halves], axis=3), -1, 1) - np.clip(code(batch.frames), -1, 1)
     np.testing.assert_allclose(of_tiles["seam_error"], 127.5 * np.abs(seams).mean(axis=(1, 2, 3, 4)), rtol=1e-3)
+
+
+def test_a_weight_of_seams_draws_tiles_to_what_the_whole_clip_gives_and_leaves_that_alone(batch):
+    """By L1, with the same noise, without a gradient of the whole; other batches, and a weight of nothing, know nothing of it."""
+    params = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(KEY, leaf.shape), abstract_params(MODEL))
+    plain = dataclasses.replace(VAE_TASK, tiling=Tiling(tile=(3, 16, 8), overlap=(0, 0, 0)))
+    drawn = dataclasses.replace(plain, loss_config=dataclasses.replace(plain.loss_config, seam_weight=3.0))
+    tiled = batch.replace(tiled=True)
+
+    def learnt(task, batch):
+        return jax.jit(jax.value_and_grad(lambda p: task.loss(p, batch, key=KEY), has_aux=True), compiler_options=FAST)(params)
+
+    ((loss, terms), grads), ((loss_without, without), grads_without) = learnt(drawn, tiled), learnt(plain, tiled)
+    whole = jax.jit(lambda p: plain.draw(p, batch, KEY)[0], compiler_options=FAST)(params)
+    distance = jax.jit(jax.value_and_grad(lambda p: jnp.mean(jnp.abs(plain.draw(p, tiled, KEY)[0] - whole))), compiler_options=FAST)
+    seam, slope = distance(params)
+    assert seam > 1e-2
+    assert terms["seam"] == pytest.approx(float(seam), rel=1e-4)
+    assert loss == pytest.approx(float(loss_without + 3 * seam), rel=1e-4)
+    scale = float(optax.tree.norm(grads))
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + 3 * c, rtol=1e-3, atol=1e-4 * scale), grads, grads_without, slope)
+    assert "seam" not in without
+    assert equal(learnt(drawn, batch), learnt(plain, batch))
+    judged = dataclasses.replace(drawn, critic=CRITIC)
+    critic = judged.init_critic(KEY)
+    found = jax.jit(lambda p: judged.gradients(p, critic, tiled, key=KEY, step=jnp.array(0)), compiler_options=FAST)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale), found.model, grads)
 
 
 def test_tiles_that_cannot_be_are_refused_before_anything_is_compiled():

@@ -3,7 +3,8 @@
 loss = mean |decode(z) - frames| + 0.1 LPIPS + 0.05 adversarial + 1e-6 KL(posterior || N(0, 1)) per latent value,  z ~ posterior
 
 LPIPS takes part where the config names files with its weights, the adversary where the config has a section `critic`. Batches of a
-`tiled` bucket are encoded and decoded in the tiles of the section `tiling`. The mesh's axis `sequence` splits the rows of frames.
+`tiled` bucket are encoded and decoded in the tiles of the section `tiling`; a `seam_weight`, which the paper has not, adds how far that is
+from what the whole clip is decoded to. The mesh's axis `sequence` splits the rows of frames.
 """
 
 import dataclasses
@@ -42,10 +43,12 @@ class VAELossConfig:
     """Weights of the loss beside L1's; those of KL and LPIPS are the paper's. The adversary's is in the section `critic`.
 
     `lpips_files` are the files that hold LPIPS' weights, separated by commas (see lpips_weights.py); without any, LPIPS is off.
-    `lpips_frames` is how many frames of each clip LPIPS sees in training, drawn anew each time; 0 means all.
+    `lpips_frames` is how many frames of each clip LPIPS sees in training, drawn anew each time; 0 means all. `seam_weight` multiplies the
+    mean difference of a tiled batch from the same clips in whole, which are computed beside it and not taught.
     """
 
     kl_weight: float = 1e-6
+    seam_weight: float = 0.0
     lpips_weight: float = 0.1
     lpips_files: str = ""
     lpips_frames: int = 0
@@ -53,6 +56,8 @@ class VAELossConfig:
     def __post_init__(self) -> None:
         if self.lpips_frames < 0:
             raise UserError(f"loss: lpips_frames must be at least 0, not {self.lpips_frames}.")
+        if not self.seam_weight >= 0:
+            raise UserError(f"loss: seam_weight must be at least 0, not {self.seam_weight}.")
 
 
 def psnr_db(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float[Array, "B"]:
@@ -181,17 +186,32 @@ class VAETask:
         # Tiles are cut from, and joined to, whole rows: their edges are not those between devices.
         return split_rows(in_tiles(self.model, method, lambda tile: split_samples(code(tile)), split_samples(x), self.tiling))
 
+    def seamless(self, params: Params, batch: VideoBatch, key: PRNGKeyArray) -> Float[Array, "B T H W 3"] | None:
+        """What `draw` gives of a tiled batch in whole, as a constant; None of others, and where seams have no weight."""
+        if not (batch.tiled and self.loss_config.seam_weight):
+            return None
+        return jax.lax.stop_gradient(self.draw(params, batch.replace(tiled=False), key)[0])
+
     def fidelity(
-        self, frames: Float[Array, "B T H W 3"], batch: VideoBatch, key: PRNGKeyArray
+        self,
+        frames: Float[Array, "B T H W 3"],
+        batch: VideoBatch,
+        key: PRNGKeyArray,
+        *,
+        whole: Float[Array, "B T H W 3"] | None,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """L1 and LPIPS between frames and those of the batch, weighted, and each apart."""
-        l1 = jnp.mean(jnp.abs(frames - batch.frames))
+        """L1 and LPIPS between frames and those of the batch, and L1 to those `seamless`; their weighted sum, and each apart."""
+        c = self.loss_config
+        loss = l1 = jnp.mean(jnp.abs(frames - batch.frames))
         terms = {"l1": l1, "psnr_db": jnp.mean(psnr_db(frames, batch.frames))}
-        if self.lpips is None:
-            return l1, terms
-        keys = sample_keys(jax.random.fold_in(key, 0x1B1), batch)
-        lpips = jnp.mean(self._lpips(frames, batch.frames, keys=keys, frames=self.loss_config.lpips_frames))
-        return l1 + self.loss_config.lpips_weight * lpips, terms | {"lpips": lpips}
+        if whole is not None:
+            terms["seam"] = jnp.mean(jnp.abs(frames - whole))
+            loss += c.seam_weight * terms["seam"]
+        if self.lpips is not None:
+            keys = sample_keys(jax.random.fold_in(key, 0x1B1), batch)
+            terms["lpips"] = jnp.mean(self._lpips(frames, batch.frames, keys=keys, frames=c.lpips_frames))
+            loss += c.lpips_weight * terms["lpips"]
+        return loss, terms
 
     def _lpips(self, *clips: Float[Array, "B T H W 3"], **how: Any) -> Float[Array, "B"]:
         # Behind a barrier the weights stay as they are, where compilers would spend minutes on reordering constants of this size.
@@ -200,7 +220,7 @@ class VAETask:
     def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The loss without the adversary."""
         frames, kl = self.draw(params, batch, key)
-        fidelity, terms = self.fidelity(frames, batch, key)
+        fidelity, terms = self.fidelity(frames, batch, key, whole=self.seamless(params, batch, key))
         return fidelity + self.loss_config.kl_weight * kl, terms | {"kl": kl}
 
     def gradients(self, params: Params, critic: Params, batch: VideoBatch, *, key: PRNGKeyArray, step: Int[Array, ""]) -> Gradients:
@@ -213,7 +233,8 @@ class VAETask:
         assert c is not None
         critic = gathered(critic)
         (frames, kl), back = jax.vjp(lambda params: self.draw(params, batch, key), params)
-        fidelity_of = jax.value_and_grad(lambda frames: self.fidelity(frames, batch, key), has_aux=True)
+        whole = self.seamless(params, batch, key)
+        fidelity_of = jax.value_and_grad(lambda frames: self.fidelity(frames, batch, key, whole=whole), has_aux=True)
         (fidelity, terms), slope = fidelity_of(frames)
         adversarial, adverse_slope = opinion(c, critic, frames, step=step)
 
