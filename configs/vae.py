@@ -8,8 +8,8 @@ the shapes of long_512, and half of its steps, drawn at random, encode and decod
 of 246,478,803 parameters, trained from nothing and from no image VAE. Frames are taken at a random interval of 1 to 8.
 
 Three parts are for two CPU cores; all go on from the small VAE in configs/shapes_vae, which was trained with L1 + KL on the shapes
-world. shapes brings in the adversary, shapes_tiling the tiles and a weight of seams, on that world; films learns real videos. The same without
-the adversary, to compare with, are those of a critic that never starts: --config.critic.start_step=1000000000.
+world. shapes brings in the adversary, shapes_tiling the tiles and a weight of seams, both on that world; films learns real videos. The
+same steps without the adversary, to compare with, are those of a critic that never starts: --config.critic.start_step=1000000000.
 """
 
 from typing import Any
