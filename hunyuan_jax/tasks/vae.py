@@ -190,7 +190,7 @@ class VAETask:
         """What `draw` gives of a tiled batch in whole, as a constant; None of others, and where seams have no weight."""
         if not (batch.tiled and self.loss_config.seam_weight):
             return None
-        return jax.lax.stop_gradient(self.draw(params, batch.replace(tiled=False), key)[0])
+        return jax.lax.stop_gradient(self.draw(params, dataclasses.replace(batch, tiled=False), key)[0])
 
     def fidelity(
         self,
