@@ -7,7 +7,6 @@ from empty to full, a mesh whose axes multiply to 8, and a way to share tokens. 
 import argparse
 import itertools
 import multiprocessing
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -18,9 +17,9 @@ import numpy as np
 from hunyuan_jax.models.dit import DiT, DiTConfig
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import param_shardings
+from tests.commands import compile_quickly
 
 DEVICES = 8
-QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # programs that run once take long to optimise
 LIMIT = 2e-5  # of the largest value of a gradient, or of a tenth of the largest of all: smaller ones are sums that cancel
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == DEVICES]
 
@@ -92,7 +91,7 @@ def _case(seed: int, number: int) -> tuple[str, float]:
 
 def main() -> None:
     args = parse()
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}".strip()
+    compile_quickly()
     worst, start = 0.0, time.perf_counter()
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
         for number, (said, error) in enumerate(pool.map(_case, itertools.repeat(args.seed), range(args.cases))):
