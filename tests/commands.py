@@ -19,12 +19,6 @@ def run_program(program: str) -> str:
     return _run("-c", program, expect=0, environment={**kept, "PATH": "", "PYTHONPATH": str(ROOT)}).strip()
 
 
-def compile_quickly() -> None:
-    """For programs that run once and take long to optimise: said before JAX meets its devices, and to processes that are started later."""
-    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quickly}".strip()
-
-
 def _run(*arguments: str, expect: int, environment: dict[str, str], minutes: float = 10) -> str:
     command, timeout = [sys.executable, *arguments], 60 * minutes
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

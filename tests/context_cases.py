@@ -17,7 +17,6 @@ import numpy as np
 from hunyuan_jax.models.dit import DiT, DiTConfig
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import param_shardings
-from tests.commands import compile_quickly
 
 DEVICES = 8
 LIMIT = 2e-5  # of the largest value of a gradient, or of a tenth of the largest of all: smaller ones are sums that cancel
@@ -82,6 +81,7 @@ def _draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def _prepare() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", True)  # programs run once, and take long to optimise
 
 
 def _case(seed: int, number: int) -> tuple[str, float]:
@@ -91,7 +91,6 @@ def _case(seed: int, number: int) -> tuple[str, float]:
 
 def main() -> None:
     args = parse()
-    compile_quickly()
     worst, start = 0.0, time.perf_counter()
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare) as pool:
         for number, (said, error) in enumerate(pool.map(_case, itertools.repeat(args.seed), range(args.cases))):

@@ -19,7 +19,6 @@ from hunyuan_jax.settings import build
 from hunyuan_jax.state import make_state
 from hunyuan_jax.tasks import planned_task
 from hunyuan_jax.train_step import EmaConfig, make_step
-from tests.commands import compile_quickly
 
 STEPS = 20
 LIMIT = 1e-5  # of a loss, relative
@@ -68,9 +67,9 @@ def curve(sizes: tuple[int, ...], context: str) -> list[float]:
 
 def main() -> None:
     args = parse()
-    compile_quickly()
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", True)  # programs take longer to optimise than to run
     one, worst = curve((1, 1, 1, 1), "ring"), 0.0
     for number, sizes in enumerate(MESHES[-args.meshes :]):
         context = ("ring", "heads")[number % 2]

@@ -99,7 +99,7 @@ def split_samples(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
 
 
 def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """Within a program: the rows of an embedding, with samples split as above.
+    """Within a program: the rows of an embedding that the tokens name, with samples split over the axes of a batch.
 
     Every device looks up its own features of all tokens and changes them for all features of its own: the table stays where it is.
     """
