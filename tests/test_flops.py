@@ -11,6 +11,7 @@ from hunyuan_jax.chips import peak_flops
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.flops import dit_forward_flops, product_flops
 from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.tasks import planned_task
 
 SMALL = DiTConfig(
@@ -94,7 +95,7 @@ def test_convolutions_and_loops_are_counted_as_often_as_they_multiply():
 
 
 def test_the_work_of_a_step_is_that_of_its_batch():
-    """Three forward passes of every sample; of the VAE those of a clip, whatever the batch."""
+    """Three forward passes of every sample; of the VAE those of a clip, whatever the batch, and twice where seams are weighed."""
     config = quickstart.get_config("t2v")
     task, shape = planned_task(config), lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     said = task.work(VideoBatch(sample_id=shape(3), mean=shape(3, 4, 8, 8, 16), txt=shape(3, 8, 64)))
@@ -105,6 +106,11 @@ def test_the_work_of_a_step_is_that_of_its_batch():
     params = jax.eval_shape(vae.init, jax.random.key(0))
     compiled = jax.jit(vae.reconstruct).lower(params, shape(1, 5, 16, 16, 3)).compile()
     assert one["model_flops"] == pytest.approx(3 * compiled.cost_analysis()["flops"], rel=0.2)
+    tiles = dataclasses.replace(vae, tiling=Tiling(tile=(4, 16, 8), overlap=(0, 0, 0)))
+    weighed = dataclasses.replace(tiles, loss_config=dataclasses.replace(vae.loss_config, seam_weight=1.0))
+    clip = VideoBatch(sample_id=shape(1), frames=shape(1, 5, 16, 16, 3), tiled=True)
+    assert weighed.work(clip)["model_flops"] == tiles.work(clip)["model_flops"] + one["model_flops"]
+    assert weighed.work(dataclasses.replace(clip, tiled=False)) == one
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from what the whole clip is decoded to. The mesh's axis `sequence` splits the ro
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class VAELossConfig:
 
     `lpips_files` are the files that hold LPIPS' weights, separated by commas (see lpips_weights.py); without any, LPIPS is off.
     `lpips_frames` is how many frames of each clip LPIPS sees in training, drawn anew each time; 0 means all. `seam_weight` multiplies the
-    mean difference of a tiled batch from the same clips in whole, which are computed beside it and not taught.
+    mean difference of a tiled batch from the same clips in whole, which are computed beside it, forward and backward: both give way.
     """
 
     kl_weight: float = 1e-6
@@ -58,6 +58,13 @@ class VAELossConfig:
             raise UserError(f"loss: lpips_frames must be at least 0, not {self.lpips_frames}.")
         if not self.seam_weight >= 0:
             raise UserError(f"loss: seam_weight must be at least 0, not {self.seam_weight}.")
+
+
+class Drawn(NamedTuple):
+    """Frames decoded from drawn latents, and where seams are weighed those of the same clips in whole."""
+
+    frames: Float[Array, "B T H W 3"]
+    whole: Float[Array, "B T H W 3"] | None
 
 
 def psnr_db(a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"]) -> Float[Array, "B"]:
@@ -186,22 +193,19 @@ class VAETask:
         # Tiles are cut from, and joined to, whole rows: their edges are not those between devices.
         return split_rows(in_tiles(self.model, method, lambda tile: split_samples(code(tile)), split_samples(x), self.tiling))
 
-    def seamless(self, params: Params, batch: VideoBatch, key: PRNGKeyArray) -> Float[Array, "B T H W 3"] | None:
-        """What `draw` gives of a tiled batch in whole, as a constant; None of others, and where seams have no weight."""
-        if not (batch.tiled and self.loss_config.seam_weight):
-            return None
-        return jax.lax.stop_gradient(self.draw(params, dataclasses.replace(batch, tiled=False), key)[0])
+    def also_in_whole(self, batch: VideoBatch) -> bool:
+        """Whether a batch goes through the VAE a second time, to weigh its seams."""
+        return batch.tiled and self.loss_config.seam_weight > 0
 
-    def fidelity(
-        self,
-        frames: Float[Array, "B T H W 3"],
-        batch: VideoBatch,
-        key: PRNGKeyArray,
-        *,
-        whole: Float[Array, "B T H W 3"] | None,
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """L1 and LPIPS between frames and those of the batch, and L1 to those `seamless`; their weighted sum, and each apart."""
-        c = self.loss_config
+    def drawn(self, params: Params, batch: VideoBatch, key: PRNGKeyArray) -> tuple[Drawn, Float[Array, ""]]:
+        """What `draw` gives of a batch, and of one whose seams are weighed what it gives of that in whole."""
+        frames, kl = self.draw(params, batch, key)
+        whole = self.draw(params, dataclasses.replace(batch, tiled=False), key)[0] if self.also_in_whole(batch) else None
+        return Drawn(frames, whole), kl
+
+    def fidelity(self, drawn: Drawn, batch: VideoBatch, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """L1 and LPIPS between frames and those of the batch, and L1 to those in whole; their weighted sum, and each apart."""
+        c, (frames, whole) = self.loss_config, drawn
         loss = l1 = jnp.mean(jnp.abs(frames - batch.frames))
         terms = {"l1": l1, "psnr_db": jnp.mean(psnr_db(frames, batch.frames))}
         if whole is not None:
@@ -219,8 +223,8 @@ class VAETask:
 
     def loss(self, params: Params, batch: VideoBatch, *, key: PRNGKeyArray) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The loss without the adversary."""
-        frames, kl = self.draw(params, batch, key)
-        fidelity, terms = self.fidelity(frames, batch, key, whole=self.seamless(params, batch, key))
+        drawn, kl = self.drawn(params, batch, key)
+        fidelity, terms = self.fidelity(drawn, batch, key)
         return fidelity + self.loss_config.kl_weight * kl, terms | {"kl": kl}
 
     def gradients(self, params: Params, critic: Params, batch: VideoBatch, *, key: PRNGKeyArray, step: Int[Array, ""]) -> Gradients:
@@ -232,11 +236,10 @@ class VAETask:
         c = self.critic
         assert c is not None
         critic = gathered(critic)
-        (frames, kl), back = jax.vjp(lambda params: self.draw(params, batch, key), params)
-        whole = self.seamless(params, batch, key)
-        fidelity_of = jax.value_and_grad(lambda frames: self.fidelity(frames, batch, key, whole=whole), has_aux=True)
-        (fidelity, terms), slope = fidelity_of(frames)
-        adversarial, adverse_slope = opinion(c, critic, frames, step=step)
+        (drawn, kl), back = jax.vjp(lambda params: self.drawn(params, batch, key), params)
+        (fidelity, terms), slope = jax.value_and_grad(lambda drawn: self.fidelity(drawn, batch, key), has_aux=True)(drawn)
+        adversarial, adverse_slope = opinion(c, critic, drawn.frames, step=step)
+        adverse_slope = jax.tree.map(jnp.zeros_like, drawn)._replace(frames=adverse_slope)
 
         last_layer = lambda slope: back((slope, jnp.zeros_like(kl)))[0]["decoder"]["conv_out"]  # noqa: E731
         adaptive = jnp.ones(())
@@ -244,9 +247,10 @@ class VAETask:
             adaptive = critics.adaptive_weight(last_layer(slope), last_layer(adverse_slope), limit=c.adaptive_limit)
         adaptive = jnp.where(step >= c.joins_at, adaptive, 0.0)
         weight = c.weight * adaptive
-        (grads,) = back((slope + weight * adverse_slope, jnp.full_like(kl, self.loss_config.kl_weight)))
+        slope = jax.tree.map(lambda slope, adverse: slope + weight * adverse, slope, adverse_slope)
+        (grads,) = back((slope, jnp.full_like(kl, self.loss_config.kl_weight)))
 
-        critic_loss, balance, critic_grads = lesson(c, critic, frames, batch.frames, step=step)
+        critic_loss, balance, critic_grads = lesson(c, critic, drawn.frames, batch.frames, step=step)
         more = {"kl": kl, "adversarial": adversarial, "d_loss": critic_loss, "adaptive_weight": adaptive, "balance": balance}
         loss = fidelity + weight * adversarial + self.loss_config.kl_weight * kl
         return Gradients(
@@ -288,5 +292,8 @@ class VAETask:
         clip = jax.ShapeDtypeStruct((1, *batch.frames.shape[1:]), jnp.float32)
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # the whole clip, not a device's part
             params = jax.eval_shape(self.init, jax.random.key(0))
-            forward = product_flops(lambda params, clip: self.reconstruct(params, clip, tiled=batch.tiled), params, clip)
+            forward = sum(
+                product_flops(functools.partial(self.reconstruct, tiled=tiled), params, clip)
+                for tiled in ((True, False) if self.also_in_whole(batch) else (batch.tiled,))
+            )
         return {"frames": samples * frames, "model_flops": 3.0 * samples * forward}
