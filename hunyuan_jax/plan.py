@@ -58,6 +58,9 @@ ROOM = 0.85  # of the memory, that a step may fill
 # Arithmetic alone: widths of a token's vector that a block keeps for the backward pass, and that one block needs while it works.
 KEPT_WIDTHS = {"none": 34.0, "attention": 2.0, "attention_host": 1.0, "full": 1.0}
 WORKING_WIDTHS = 110.0
+# For a VAE, whose hundreds of convolutions compile for many seconds each: without passes that save time and memory, which then is an
+# upper bound.
+QUICKLY = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Plan:
     checkpoint: float  # bytes
     compile_seconds: float | None  # None where it is all arithmetic
     kernels: dict[str, int]
+    upper_bound: bool  # of memory: whether the step was compiled `QUICKLY`
 
     @property
     def fits(self) -> bool:
@@ -113,6 +117,7 @@ class Plan:
             "total_bytes_per_chip": per_chip * self.memory.total,
             "hbm_bytes_per_chip": per_chip * self.chip.memory,
             "memory_bytes_per_chip": memory,
+            "memory_is_upper_bound": self.upper_bound,
             "model_flops_per_step": self.flops.model,
             "hardware_flops_per_step": self.flops.hardware,
             "exchanged_bytes_per_device": self.exchanged,
@@ -331,6 +336,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
     *_, checkpoint = state = state_bytes(shapes or state_shapes(config), mesh)
     samples = bucket.batch / (mesh["data"] * mesh["fsdp"])
 
+    more = {} if isinstance(task.model, DiTConfig) else QUICKLY
     if not isinstance(task.model, DiTConfig):
         if chip.name in GPUS or not compiles:
             raise UserError("Arithmetic knows the DiT alone; plan a VAE for a TPU topology, which is compiled.")
@@ -348,7 +354,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
     if compiles and chip.name in TPUS:
         start = time.perf_counter()
         try:
-            step = compile_step(config, bucket, devices)
+            step = compile_step(config, bucket, devices, more=more)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -367,7 +373,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
     for exchange in exchanges:
         exchanged["+".join(exchange.axes) or "one device"] += exchange.times * exchange.sent
     times = roofline(chip, len(devices), flops, memory, exchanges)
-    return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels)
+    return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels, bool(more))
 
 
 def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:
@@ -453,6 +459,8 @@ def table(config: ConfigDict, topology: str, plan: Plan) -> str:
     per_chip, memory = plan.chip.devices, plan.memory
     chips = plan.devices // per_chip
     how = "by arithmetic, not compiled" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"
+    if plan.upper_bound:
+        how += " without passes that save memory, of which this is an upper bound"
     model = config.model
     remat = f"recomputation {model.remat}"
     if plan.mesh["sequence"] > 1:

@@ -13,6 +13,8 @@ import sys
 STAGES = ("image_256", "image_512", "video_256", "video_360", "video_540", "video_720")
 CONFIGS = (*(f"t2v_13b.py:{stage}" for stage in STAGES), "vae.py:tiling")
 BUCKETS = {"vae.py:tiling": "65x512x512"}  # in whole; in tiles its compilation takes more than 20 GiB of host memory
+LARGER = ("v6e:16x16", "tpu7x:4x4x8")  # 256 devices, for 32 clips
+SETTINGS = {("vae.py:tiling", topology): ("--set", "mesh.sequence=8") for topology in LARGER}
 TOPOLOGIES = ("v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x8")
 GIB = 2**30
 
@@ -26,7 +28,8 @@ def parse() -> argparse.Namespace:
 
 def row(config: str, topology: str) -> str:
     command = [sys.executable, "-m", "hunyuan_jax.plan", f"--config=configs/{config}", f"--topology={topology}", "--json"]
-    done = subprocess.run([*command, f"--bucket={BUCKETS.get(config, '')}"], capture_output=True, text=True, check=False)
+    command += [f"--bucket={BUCKETS.get(config, '')}", *SETTINGS.get((config, topology), ())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"| {config} | {topology} | {done.stderr.strip().splitlines()[-1][:300]} |" + " |" * 7
     said = json.loads(done.stdout)

@@ -18,10 +18,8 @@ import jax
 from configs import vae as recipe
 from hunyuan_jax.data.buckets import Bucket
 from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes
-from hunyuan_jax.plan import compile_step, target
+from hunyuan_jax.plan import QUICKLY, compile_step, target
 from hunyuan_jax.settings import build
-
-QUICKLY = {"exec_time_optimization_effort": -1.0}
 
 
 def parse() -> argparse.Namespace:
