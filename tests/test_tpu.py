@@ -114,16 +114,19 @@ def test_attention_is_kept_in_host_memory_where_a_config_says_so():
     assert sum(count for name, count in Program(text).kernels().items() if "fwd" in name) <= 24 + 1
 
 
-OPTIMIZER = f"""{BEGIN}
-import dataclasses, json
+SMALL_PLAN = f"""{BEGIN}
+import json
 from configs import t2v_13b
 from hunyuan_jax import plan
 
 config = t2v_13b.get_config("image_256")
 config.model.update({{"width": 512, "num_heads": 4, "num_double_blocks": 2, "num_single_blocks": 4}})
+config.data.buckets = [{{"frames": 1, "height": 256, "width": 256, "batch": 4}}]
+"""
+OPTIMIZER = f"""{SMALL_PLAN}
 config.optimizer.offload = True
 chip, devices = plan.target("v5p:2x2x1")
-bucket = dataclasses.replace(plan.costliest(config, ""), batch=4)
+bucket = plan.costliest(config, "")
 state = plan.state_bytes(plan.state_shapes(config), {{"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}})
 memory = plan.compile_step(config, bucket, devices).memory_analysis()
 sizes = {{"device": memory.argument_size_in_bytes, "host": memory.host_argument_size_in_bytes}}
@@ -136,6 +139,19 @@ def test_the_optimizer_lies_in_host_memory_where_a_config_says_so():
     said = found_json(run_program(OPTIMIZER))
     assert said["host"] == pytest.approx(said["optimizer"], rel=0.02)
     assert said["device"] == pytest.approx(said["parameters"] + said["average"], rel=0.05)
+
+
+SEARCH = f"""{SMALL_PLAN}
+ranked = [found for _, found in plan.search(config, "v5p:2x2x1", "", tries=2)]
+print(json.dumps({{"ranked": [[found.fits, found.compile_seconds, found.step_seconds] for found in ranked]}}))
+"""
+
+
+def test_a_search_compiles_the_candidates_that_promise_most_and_ranks_them():
+    ranked = found_json(run_program(SEARCH))["ranked"]
+    assert len(ranked) == 2
+    assert all(fits and compile_seconds > 0 for fits, compile_seconds, _ in ranked)
+    assert ranked[0][2] <= ranked[1][2]
 
 
 def found_json(printed: str) -> dict[str, Any]:
