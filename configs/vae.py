@@ -62,7 +62,7 @@ _SMALL = {"learning_rate": 3e-4, "critic_start": 100, "buckets": ((1, 64, 64, 8,
 FILMS = {"steps": 3000, "learning_rate": 6e-4, "critic_start": 1500, "resize": (128, 128), "held_out": 0.2}
 SMALL: dict[str, Any] = {
     "shapes": {"steps": 2000, **_SMALL},
-    "shapes_tiling": {**_SMALL, "steps": 2000, "tiled": True, "learning_rate": 6e-4, "seam_weight": 1.5},
+    "shapes_tiling": {**_SMALL, "steps": 1500, "tiled": True, "learning_rate": 6e-4, "seam_weight": 2.5},
     "films": {**_SMALL, **FILMS},
 }
 SMALL_TILING = {"tile": (8, 40, 40), "overlap": (4, 16, 16), "at_once": True}  # two latents of overlap, as one leaves seams
