@@ -336,8 +336,9 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
     *_, checkpoint = state = state_bytes(shapes or state_shapes(config), mesh)
     samples = bucket.batch / (mesh["data"] * mesh["fsdp"])
 
-    more = {} if isinstance(task.model, DiTConfig) else QUICKLY
+    more: dict[str, float] = {}
     if not isinstance(task.model, DiTConfig):
+        more = QUICKLY
         if chip.name in GPUS or not compiles:
             raise UserError("Arithmetic knows the DiT alone; plan a VAE for a TPU topology, which is compiled.")
         tokens, flops = math.prod(bucket.shape), counted_flops(config, bucket)
