@@ -378,6 +378,27 @@ def test_a_host_that_is_lost_ends_the_others_within_a_minute_with_a_line_that_na
     assert lifeline.SILENT_SECONDS + 20 <= 60
 
 
+NOISY = """
+import os, threading, time
+from hunyuan_jax.parallel import lifeline
+def write():
+    while True:
+        os.write(2, b"Socket closed")
+threading.Thread(target=write, daemon=True).start()
+time.sleep(0.1)
+lifeline._say_and_end("process 0 of 2 has ended")
+"""
+
+
+def test_the_last_line_of_a_process_that_has_lost_another_says_so_whatever_else_is_written():
+    """JAX's own threads meet the same loss, and write of it in the middle of lines."""
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", NOISY], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        assert done.returncode == lifeline.LOST
+        assert "Socket closed" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: process 0 of 2 has ended. This process ends too")
+
+
 ALONE = """
 import signal, sys
 from hunyuan_jax.errors import run_command

@@ -151,5 +151,8 @@ def _send(there: socket.socket, said: bytes) -> None:
 
 def _say_and_end(said: str) -> None:
     text = f"error: {said}. This process ends too; the same command continues from the newest checkpoint."
-    print(f"\n{text}", file=sys.stderr, flush=True)
+    sys.stderr.flush()
+    stderr = os.dup(sys.stderr.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # JAX's threads, which meet the same loss, write no more after this
+    os.write(stderr, f"\n{text}\n".encode())
     os._exit(LOST)
