@@ -1,9 +1,11 @@
 """Will it fit, and how fast: the training step of a config, compiled for a pod that is not attached.
 
-    python -m hunyuan_jax.plan --config=configs/t2v_13b.py:video_720 --topology=v5p:4x4x8 [--set mesh.sequence=8 ...] [--search] [--json]
+    python -m hunyuan_jax.plan --config=configs/t2v_13b.py:video_720 --topology=v5p:4x4x8 [--set mesh.sequence=8 ...]
+        [--search] [--exact] [--json]
 
 A TPU's own compiler, from the package libtpu, compiles the real step (model, optimizer, moving average, recomputation, kernels) and says
-what it holds; what it exchanges is read from the compiled program. GPUs, such as --topology=h100:64, have the same table by arithmetic.
+what it holds; what it exchanges is read from the compiled program. The passes that take the compiler longest are left out, which leaves
+an upper bound of the memory; --exact compiles as training does. GPUs, such as --topology=h100:64, have the same table by arithmetic.
 
 The time of a step is a model, not a measurement: products at a share of the peak (`EFFICIENCY`), what the optimizer reads and writes at
 the memory's rate, what is exchanged at the links' rate, in the background where the program does so. It knows no stalls, no input,
@@ -58,8 +60,8 @@ ROOM = 0.85  # of the memory, that a step may fill
 # Arithmetic alone: widths of a token's vector that a block keeps for the backward pass, and that one block needs while it works.
 KEPT_WIDTHS = {"none": 34.0, "attention": 2.0, "attention_host": 1.0, "full": 1.0}
 WORKING_WIDTHS = 110.0
-# For a VAE, whose hundreds of convolutions compile for many seconds each: without passes that save time and memory, which then is an
-# upper bound.
+# To compile in a third of the time, without costly passes; memory is then an upper bound. The hundreds of convolutions of a VAE's step take
+# hours with them.
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 
 
@@ -323,10 +325,19 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, 
         return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch_shapes(task, bucket, mesh)).compile(options)
 
 
-def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True, shapes: TrainState | None = None) -> Plan:
+def make_plan(
+    config: ConfigDict,
+    topology: str,
+    *,
+    bucket_name: str = "",
+    compiles: bool = True,
+    exact: bool = False,
+    shapes: TrainState | None = None,
+) -> Plan:
     """The plan of a config's costliest bucket, or of the one that is named. Without `compiles`, by arithmetic alone.
 
-    `shapes` are the state's (`state_shapes`), where they are known. Raises `UserError` for what cannot be, before anything is compiled.
+    `exact` compiles as training does, instead of `QUICKLY`. `shapes` are the state's (`state_shapes`), where they are known. Raises
+    `UserError` for what cannot be, before anything is compiled.
     """
     chip, devices = target(topology)
     bucket = costliest(config, bucket_name)
@@ -336,9 +347,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
     *_, checkpoint = state = state_bytes(shapes or state_shapes(config), mesh)
     samples = bucket.batch / (mesh["data"] * mesh["fsdp"])
 
-    more: dict[str, float] = {}
     if not isinstance(task.model, DiTConfig):
-        more = QUICKLY
         if chip.name in GPUS or not compiles:
             raise UserError("Arithmetic knows the DiT alone; plan a VAE for a TPU topology, which is compiled.")
         tokens, flops = math.prod(bucket.shape), counted_flops(config, bucket)
@@ -355,7 +364,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
     if compiles and chip.name in TPUS:
         start = time.perf_counter()
         try:
-            step = compile_step(config, bucket, devices, more=more)
+            step = compile_step(config, bucket, devices, more={} if exact else QUICKLY)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -374,7 +383,8 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
     for exchange in exchanges:
         exchanged["+".join(exchange.axes) or "one device"] += exchange.times * exchange.sent
     times = roofline(chip, len(devices), flops, memory, exchanges)
-    return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels, bool(more))
+    bound = seconds is not None and not exact
+    return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels, bound)
 
 
 def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:
@@ -413,7 +423,7 @@ def candidates(config: ConfigDict, topology: str) -> Iterator[ConfigDict]:
             yield tried
 
 
-def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int) -> list[tuple[ConfigDict, Plan]]:
+def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int, exact: bool = False) -> list[tuple[ConfigDict, Plan]]:
     """Of all candidates those that should fit, fastest first by arithmetic; for a TPU the first `tries` compiled, and those ranked."""
     guesses, shapes = [], state_shapes(config)
     for tried in candidates(config, topology):
@@ -430,7 +440,7 @@ def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int) -
         return guesses[:tries]
     found = []
     for tried, _ in guesses[:tries]:
-        found.append((tried, make_plan(tried, topology, bucket_name=bucket_name)))
+        found.append((tried, make_plan(tried, topology, bucket_name=bucket_name, exact=exact)))
         print(_short(*found[-1]), file=sys.stderr, flush=True)
     return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].step_seconds))
 
@@ -446,9 +456,13 @@ def _mesh(plan: Plan) -> str:
     return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
 
 
+def _too_much(plan: Plan) -> str:
+    return "may not fit, which --exact knows" if plan.upper_bound else "does not fit"
+
+
 def _short(config: ConfigDict, plan: Plan) -> str:
     model = config.model
-    verdict = "fits" if plan.fits else "does not fit"
+    verdict = "fits" if plan.fits else _too_much(plan)
     return (
         f"{_mesh(plan)}, {model.get('context', 'ring')}, remat {model.remat}: {verdict}, {_gib(plan.memory.total)}, "
         f"{plan.step_seconds:.2f} s, MFU {100 * plan.mfu:.1f} %"
@@ -461,7 +475,7 @@ def table(config: ConfigDict, topology: str, plan: Plan) -> str:
     chips = plan.devices // per_chip
     how = "by arithmetic, not compiled" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"
     if plan.upper_bound:
-        how += " without passes that save memory, of which this is an upper bound"
+        how += " without costly passes, which makes memory an upper bound"
     model = config.model
     remat = f"recomputation {model.remat}"
     if plan.mesh["sequence"] > 1:
@@ -472,7 +486,7 @@ def table(config: ConfigDict, topology: str, plan: Plan) -> str:
         "Memory of a chip",
         *(f"  {name:<22}{_gib(per_chip * value):>14}" for name, value in dataclasses.asdict(memory).items() if name != "host"),
         f"  {'total':<22}{_gib(per_chip * memory.total):>14}  of {_gib(per_chip * plan.chip.memory)}, "
-        + (f"within {ROOM:.0%}: fits" if plan.fits else f"more than {ROOM:.0%}: does not fit"),
+        + (f"within {ROOM:.0%}: fits" if plan.fits else f"more than {ROOM:.0%}: {_too_much(plan)}"),
         f"  {'on its host':<22}{_gib(per_chip * memory.host):>14}",
         "",
         "A step",
@@ -501,6 +515,7 @@ def main(argv: list[str]) -> None:
     bucket = flags.DEFINE_string("bucket", "", "A bucket by its name; by default the one whose samples cost most.")
     searches = flags.DEFINE_bool("search", False, "Try meshes, ways of sharing tokens and recomputation; rank those that fit.")
     tries = flags.DEFINE_integer("tries", 4, "How many of a search's candidates are compiled.", lower_bound=1)
+    exact = flags.DEFINE_bool("exact", False, "Compile with all that training compiles with: memory to the byte, in several times as long.")
     as_json = flags.DEFINE_bool("json", False, "One JSON object on standard output.")
     # `--set a=1 b=2` as well as `--set a=1 --set b=2`
     spread: list[str] = []
@@ -513,14 +528,14 @@ def main(argv: list[str]) -> None:
     for setting in changes.value:
         change(asked, setting)
     if searches.value:
-        ranked = search(asked, pod, bucket.value, tries=tries.value)
+        ranked = search(asked, pod, bucket.value, tries=tries.value, exact=exact.value)
         if as_json.value:
             print(json.dumps([plan.to_json() | {"context": c.model.context, "remat": c.model.remat} for c, plan in ranked]))
         else:
             print("\n".join(_short(*pair) for pair in ranked))
             print("\n" + table(ranked[0][0], pod, ranked[0][1]))
         return
-    plan = make_plan(asked, pod, bucket_name=bucket.value)
+    plan = make_plan(asked, pod, bucket_name=bucket.value, exact=exact.value)
     print(json.dumps(plan.to_json()) if as_json.value else table(asked, pod, plan))
 
 
