@@ -159,7 +159,7 @@ def test_the_optimizer_lies_in_host_memory_where_a_config_says_so(small_step):
 
 
 def test_a_step_on_images_exchanges_little_more_than_weights_and_gradients(small_step):
-    """With 128 images on a device one activation of each block would be as much."""
+    """One activation of each of six blocks, with 128 images on a device, would be more than the limit."""
     weights = 4 * small_step["parameters"] / 2  # bytes in bfloat16: gathered forward and backward, and twice as much for gradients
     assert weights < small_step["exchanged"] < 4 * weights
 

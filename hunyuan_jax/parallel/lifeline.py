@@ -151,8 +151,10 @@ def _send(there: socket.socket, said: bytes) -> None:
 
 def _say_and_end(said: str) -> None:
     text = f"error: {said}. This process ends too; the same command continues from the newest checkpoint."
-    sys.stderr.flush()
-    stderr = os.dup(sys.stderr.fileno())
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # JAX's threads, which meet the same loss, write no more after this
-    os.write(stderr, f"\n{text}\n".encode())
-    os._exit(LOST)
+    try:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # JAX's threads, which meet the same loss, write no more after this
+        os.write(stderr, f"\n{text}\n".encode())
+    finally:  # whether or not anyone can be told
+        os._exit(LOST)
