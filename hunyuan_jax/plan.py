@@ -5,7 +5,7 @@
 
 A TPU's own compiler, from the package libtpu, compiles the real step (model, optimizer, moving average, recomputation, kernels) and says
 what it holds; what it exchanges is read from the compiled program. The passes that take the compiler longest are left out, which leaves
-an upper bound of the memory; --exact compiles as training does. GPUs, such as --topology=h100:64, have the same table by arithmetic.
+upper bounds of memory and time; --exact compiles as training does. GPUs, such as --topology=h100:64, have the same table by arithmetic.
 
 The time of a step is a model, not a measurement: products at a share of the peak (`EFFICIENCY`), what the optimizer reads and writes at
 the memory's rate, what is exchanged at the links' rate, in the background where the program does so. It knows no stalls, no input,
@@ -60,8 +60,8 @@ ROOM = 0.85  # of the memory, that a step may fill
 # Arithmetic alone: widths of a token's vector that a block keeps for the backward pass, and that one block needs while it works.
 KEPT_WIDTHS = {"none": 34.0, "attention": 2.0, "attention_host": 1.0, "full": 1.0}
 WORKING_WIDTHS = 110.0
-# To compile in a third of the time, without costly passes; memory is then an upper bound. The hundreds of convolutions of a VAE's step take
-# hours with them.
+# To compile in a third of the time, without costly passes; memory is then an upper bound, and fewer exchanges are hidden. With them the
+# hundreds of convolutions of a VAE's step take hours.
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 
 

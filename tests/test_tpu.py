@@ -136,7 +136,7 @@ sizes = {{"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}}
 chip, devices = plan.target("v5p:2x2x1")
 state = plan.state_bytes(plan.state_shapes(config), sizes)
 bucket = plan.costliest(config, "")
-step = plan.compile_step(config, bucket, devices)
+step = plan.compile_step(config, bucket, devices, more=plan.QUICKLY)
 memory = step.memory_analysis()
 said = {{"device": memory.argument_size_in_bytes, "host": memory.host_argument_size_in_bytes}}
 said["batch"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.planned_task(config).batch_shapes(bucket))) / 4
@@ -179,7 +179,7 @@ def test_a_search_compiles_the_candidates_that_promise_most_and_ranks_them_by_up
     assert [found["memory_is_upper_bound"] for found in (*ranked, exact)] == [True, True, False]
     assert exact["mesh"] == ranked[0]["mesh"]
     assert exact["total_bytes_per_chip"] <= ranked[0]["total_bytes_per_chip"] < 1.5 * exact["total_bytes_per_chip"]
-    assert exact["step_seconds"] == pytest.approx(ranked[0]["step_seconds"], rel=0.05)
+    assert exact["step_seconds"] <= ranked[0]["step_seconds"]
 
 
 def found_json(printed: str) -> dict[str, Any]:
