@@ -17,7 +17,7 @@ BUCKETS = {"vae.py:tiling": "65x512x512"}  # in whole; in tiles its compilation 
 LARGER = ("v6e:16x16", "tpu7x:4x4x8")  # 256 devices, for 32 clips
 SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     **{("vae.py:tiling", topology): ("--set", "mesh.sequence=8") for topology in LARGER},
-    ("t2v_13b.py:video_720", "v6e:16x16"): ("--exact",),
+    **{(f"t2v_13b.py:{stage}", "v6e:16x16"): ("--exact",) for stage in ("video_540", "video_720")},
 }
 TOPOLOGIES = ("v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x8")
 GIB = 2**30
