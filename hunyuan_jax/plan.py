@@ -515,7 +515,7 @@ def main(argv: list[str]) -> None:
     bucket = flags.DEFINE_string("bucket", "", "A bucket by its name; by default the one whose samples cost most.")
     searches = flags.DEFINE_bool("search", False, "Try meshes, ways of sharing tokens and recomputation; rank those that fit.")
     tries = flags.DEFINE_integer("tries", 4, "How many of a search's candidates are compiled.", lower_bound=1)
-    exact = flags.DEFINE_bool("exact", False, "Compile with all that training compiles with: memory to the byte, in several times as long.")
+    exact = flags.DEFINE_bool("exact", False, "Compile as training does, which takes several times as long, and for a VAE far longer.")
     as_json = flags.DEFINE_bool("json", False, "One JSON object on standard output.")
     # `--set a=1 b=2` as well as `--set a=1 --set b=2`
     spread: list[str] = []

@@ -48,6 +48,14 @@ print(step.as_text())
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_training_compiles():
+    """Without the switch that has the other tests' programs compiled quickly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        yield
+
+
 @pytest.mark.parametrize(
     ("topology", "tuned", "exchange", "degree", "least", "alone"),
     [
