@@ -18,11 +18,13 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -325,6 +327,60 @@ def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, 
         return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch_shapes(task, bucket, mesh)).compile(options)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiled step says of each device. Bytes."""
+
+    temporaries: float
+    host: float
+    exchanges: list[Exchange]
+    kernels: dict[str, int]
+
+
+def read_step(config: dict[str, Any], bucket: Bucket, topology: str, exact: bool) -> Compiled | float:
+    """Compiles a step for a TPU topology; a number is the bytes that it needs of a device which has fewer."""
+    jax.config.update("jax_platforms", "cpu")
+    _, devices = target(topology)
+    asked = ConfigDict(config)
+    try:
+        step = compile_step(asked, bucket, devices, more={} if exact else QUICKLY)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+        return float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]] if needed else math.inf
+    found, program = step.memory_analysis(), Program(step.as_text())
+    mesh = axis_sizes(build(MeshConfig, asked.mesh, where="mesh"), len(devices))
+    return Compiled(found.temp_size_in_bytes, found.host_temp_size_in_bytes, program.exchanges(mesh), program.kernels())
+
+
+def apart(work: Callable[..., Any], *args: Any) -> Any:
+    """`work(*args)` in a process of its own, since a compiler that fails may abort its process. Raises `UserError` if it does.
+
+    Nothing but what the work returns is left behind, the compiler's memory neither.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    worker = spawn.Process(target=_send, args=(sender, work, args), daemon=True)
+    worker.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        worker.join()
+        raise UserError(
+            f"The compiler gave up: its process ended with {worker.exitcode}, and its last words stand above. Another mesh, such as --set "
+            "mesh.sequence=2, or another model.remat may pass."
+        ) from None
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def _send(sender: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    sender.send(work(*args))
+
+
 def make_plan(
     config: ConfigDict,
     topology: str,
@@ -337,7 +393,7 @@ def make_plan(
     """The plan of a config's costliest bucket, or of the one that is named. Without `compiles`, by arithmetic alone.
 
     `exact` compiles as training does, instead of `QUICKLY`. `shapes` are the state's (`state_shapes`), where they are known. Raises
-    `UserError` for what cannot be, before anything is compiled.
+    `UserError` for what cannot be, before anything is compiled, and for what the compiler gives up.
     """
     chip, devices = target(topology)
     bucket = costliest(config, bucket_name)
@@ -363,19 +419,12 @@ def make_plan(
     kernels: dict[str, int] = {}
     if compiles and chip.name in TPUS:
         start = time.perf_counter()
-        try:
-            step = compile_step(config, bucket, devices, more={} if exact else QUICKLY)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
-            size = float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]] if needed else math.inf
-            memory = dataclasses.replace(memory, activations=max(0.0, size - sum(state[:3])))
+        found = apart(read_step, config.to_dict(), bucket, topology, exact)
+        if isinstance(found, float):
+            memory = dataclasses.replace(memory, activations=max(0.0, found - sum(state[:3])))
         else:
-            found = step.memory_analysis()
-            memory = dataclasses.replace(memory, activations=found.temp_size_in_bytes, host=found.host_temp_size_in_bytes)
-            program = Program(step.as_text())
-            exchanges, kernels = program.exchanges(mesh), program.kernels()
+            memory = dataclasses.replace(memory, activations=found.temporaries, host=found.host)
+            exchanges, kernels = found.exchanges, found.kernels
         seconds = time.perf_counter() - start
     if build(OptimizerConfig, config.optimizer, where="optimizer").offload:
         memory = dataclasses.replace(memory, optimizer=0.0, host=memory.host + memory.optimizer)
@@ -439,9 +488,14 @@ def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int, e
     if topology.partition(":")[0] in GPUS:
         return guesses[:tries]
     found = []
-    for tried, _ in guesses[:tries]:
-        found.append((tried, make_plan(tried, topology, bucket_name=bucket_name, exact=exact)))
-        print(_short(*found[-1]), file=sys.stderr, flush=True)
+    for tried, guess in guesses[:tries]:
+        try:
+            found.append((tried, make_plan(tried, topology, bucket_name=bucket_name, exact=exact)))
+            print(_short(*found[-1]), file=sys.stderr, flush=True)
+        except UserError as error:
+            print(f"{_mesh(guess)}, {tried.model.context}, remat {tried.model.remat}: {error}", file=sys.stderr, flush=True)
+    if not found:
+        raise UserError(f"Of the {tries} candidates tried none could be compiled; try more of them (--tries).")
     return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].step_seconds))
 
 

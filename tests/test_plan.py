@@ -1,11 +1,14 @@
 """Laws of a plan: it is refused before anything is compiled, its arithmetic is that of the state, and it says what a machine reads."""
 
 import json
+import os
+import signal
 
 import pytest
 
 from configs import t2v_13b
 from hunyuan_jax import plan
+from hunyuan_jax.chips import chip_named
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.flops import dit_forward_flops
 from hunyuan_jax.models.dit import DiTConfig
@@ -135,3 +138,32 @@ def test_a_search_ranks_what_fits_fastest_first():
     times = [found.step_seconds for found in ranked]
     assert times == sorted(times)
     assert times[0] <= made().step_seconds
+
+
+def test_a_compiler_that_aborts_its_process_is_one_line():
+    with pytest.raises(UserError, match=rf"ended with -{signal.SIGABRT.value}, and its last words stand above.*mesh.sequence=2"):
+        plan.apart(os.abort)
+    assert plan.apart(os.path.join, "what", "returns") == os.path.join("what", "returns")
+
+
+@pytest.mark.parametrize("compiled", [0, 1])
+def test_a_search_goes_on_where_the_compiler_gives_up(compiled, monkeypatch, capsys):
+    """Two candidates are tried for TPUs that this machine need not know; of those, so many compile."""
+    config, tried = t2v_13b.get_config("video_720"), []
+    by_arithmetic = plan.make_plan
+
+    def make_plan(config, topology, *, compiles=True, exact=False, **more):
+        tried.append(compiles)
+        if compiles and tried.count(True) > compiled:
+            raise UserError("The compiler gave up.")
+        return by_arithmetic(config, topology, compiles=False, **more)
+
+    monkeypatch.setattr(plan, "target", lambda topology: (chip_named("v5p"), [None] * 128))
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    if compiled:
+        assert len(plan.search(config, "v5p:4x4x8", "", tries=2)) == compiled
+    else:
+        with pytest.raises(UserError, match="Of the 2 candidates tried none could be compiled"):
+            plan.search(config, "v5p:4x4x8", "", tries=2)
+    assert tried.count(True) == 2
+    assert capsys.readouterr().err.count("The compiler gave up.") == 2 - compiled

@@ -69,7 +69,6 @@ OPTIONS: dict[Generation, dict[str, str]] = {
         # Collectives run on the SparseCores, beside the matrix units.
         "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
         "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
-        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
         "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
         "xla_tpu_enable_sparse_core_reduce_scatter_v2": "true",
         "xla_tpu_enable_all_gather_offload_tracing": "true",
@@ -85,6 +84,8 @@ OPTIONS: dict[Generation, dict[str, str]] = {
 }
 
 
+# Sums over all of a pod's devices, given to Ironwood's SparseCores as they are unless refused, abort its compiler (libtpu 0.0.42).
+NOT_ABORTED = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": "false"}
 # Without these a TPU's scheduler starts what a ring passes on, and what is exchanged for heads, only after the kernels that it could have
 # run beside.
 OVERLAPPED = {"xla_tpu_enable_all_experimental_scheduler_features": "true", "xla_tpu_enable_async_all_to_all": "true"}
@@ -93,6 +94,8 @@ OVERLAPPED = {"xla_tpu_enable_all_experimental_scheduler_features": "true", "xla
 def step_options(device_kind: str, *, tuned: bool) -> dict[str, str]:
     """What a training step is compiled with; where `tuned`, with all of the generation's options, which takes longer to compile."""
     always = OVERLAPPED if device_kind.startswith("TPU") else {}
+    if device_kind.startswith("TPU7x"):
+        always = always | NOT_ABORTED
     return always | (compiler_options(device_kind) if tuned else {})
 
 
