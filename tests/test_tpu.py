@@ -172,6 +172,19 @@ def test_a_step_on_images_exchanges_little_more_than_weights_and_gradients(small
     assert weights < small_step["exchanged"] < 4 * weights
 
 
+IRONWOOD = f"""{SMALL_PLAN}
+config.data.buckets[0]["batch"] = 8
+print(json.dumps(plan.make_plan(config, "tpu7x:2x2x1").to_json()))
+"""
+
+
+def test_weights_are_split_over_all_of_ironwoods_devices():
+    """Two to a chip; what its SparseCores are asked to sum there, unless refused, aborts the compiler."""
+    said = found_json(run_program(IRONWOOD))
+    assert (said["devices"], said["mesh"]["fsdp"]) == (8, 8)
+    assert said["exchanged_bytes_per_device"]["fsdp"] > 0
+
+
 SEARCH = f"""{SMALL_PLAN}
 ranked = plan.search(config, "v5p:2x2x1", "", tries=2)
 first = plan.make_plan(ranked[0][0], "v5p:2x2x1", exact=True)

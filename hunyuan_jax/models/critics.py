@@ -161,9 +161,9 @@ class SpectralConv(nn.Module):
             params = variables["params"]
             return {"params": {**params, "kernel": spectrally_normal(params["kernel"], steps=c.power_steps)}}
 
-        x = jnp.pad(x, ((0, 0), (2, 1), (1, 2), (1, 2), (0, 0)), mode="edge")
         convolution: Any = nn.map_variables(Conv3D, "params", trans_in_fn=normalised, init=True)
-        return convolution(self.features, 4, self.strides, c.convolution, c.dtype, nn.initializers.lecun_normal(), name="patch")(x)
+        how: dict[str, Any] = {"kernel_init": nn.initializers.lecun_normal(), "edges": ((2, 1), (1, 2), (1, 2)), "name": "patch"}
+        return convolution(self.features, 4, self.strides, c.convolution, c.dtype, **how)(x)
 
 
 class Discriminator(nn.Module):

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.parallel.shared_rows import Edges, among_all_rows, convolve_with_edges
 
 ATTENTION_BLOCK = 1024  # positions whose scores are held at a time, as queries and as keys; a frame of 256 x 256 pixels has as many
 
@@ -121,7 +122,7 @@ def delta_orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp
 
 
 class Conv3D(nn.Module):
-    """A plain 3D convolution with bias and no padding; `convolution` as in `VAEConfig`."""
+    """A 3D convolution with bias; `convolution` as in `VAEConfig`, `edges` as often as frames, rows and columns are repeated at each."""
 
     features: int
     kernel: int
@@ -130,26 +131,31 @@ class Conv3D(nn.Module):
     dtype: str
     kernel_init: nn.initializers.Initializer = delta_orthogonal
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    edges: Edges = ((0, 0), (0, 0), (0, 0))
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
         shape = (self.kernel,) * 3 + (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, (self.features,))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        x, bias = x.astype(self.dtype), bias.astype(self.dtype)
         if self.kernel == 1 and self.strides == (1, 1, 1):
-            return x @ kernel[0, 0, 0] + bias
-        if self.convolution == "planes":
-            return _convolve_planes(x, kernel, strides=self.strides) + bias
-        dims = ("NDHWC", "DHWIO", "NDHWC")
-        return jax.lax.conv_general_dilated(x, kernel, self.strides, "VALID", dimension_numbers=dims) + bias
+            return x @ kernel[0, 0, 0].astype(self.dtype) + bias
+        how = _convolve_planes if self.convolution == "planes" else _convolve_volume
+        convolve = functools.partial(how, strides=self.strides)
+        return convolve_with_edges(convolve, x, kernel, edges=self.edges, stride=self.strides[1]) + bias
+
+
+def _convolve_volume(x: Array, kernel: Array, *, strides: tuple[int, int, int]) -> Array:
+    dims = ("NDHWC", "DHWIO", "NDHWC")
+    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, "VALID", dimension_numbers=dims)
 
 
 def _convolve_planes(x: Array, kernel: Array, *, strides: tuple[int, int, int]) -> Array:
     """The 3D convolution as a sum, over the kernel's frames, of 2D convolutions of the frames it meets."""
     batch, frames, *plane = x.shape
     out_frames = (frames - kernel.shape[0]) // strides[0] + 1
-    total = jnp.zeros((), x.dtype)
+    kernel, total = kernel.astype(x.dtype), jnp.zeros((), x.dtype)
     for tap in range(kernel.shape[0]):
         met = jax.lax.slice_in_dim(x, tap, tap + (out_frames - 1) * strides[0] + 1, strides[0], axis=1)
         met = met.reshape(batch * out_frames, *plane)
@@ -168,11 +174,9 @@ class CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B T2 H2 W2 D"]:
-        c = self.config
-        side = self.kernel // 2
-        if self.kernel > 1:
-            x = jnp.pad(x, ((0, 0), (self.kernel - 1, 0), (side, side), (side, side), (0, 0)), mode="edge")
-        return Conv3D(self.features, self.kernel, self.strides, c.convolution, c.dtype, self.kernel_init, name="conv")(x)
+        c, side = self.config, self.kernel // 2
+        edges = ((self.kernel - 1, 0), (side, side), (side, side))
+        return Conv3D(self.features, self.kernel, self.strides, c.convolution, c.dtype, self.kernel_init, edges=edges, name="conv")(x)
 
 
 def _recomputed(config: VAEConfig, module: Any) -> Any:
@@ -203,24 +207,31 @@ class ResBlock(nn.Module):
 
 
 def frame_causal_attention(
-    q: Float[Array, "B N C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, frame_size: int, block: int = ATTENTION_BLOCK
-) -> Float[Array, "B N C"]:
+    q: Float[Array, "B M C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, frame_size: int, block: int = ATTENTION_BLOCK
+) -> Float[Array, "B M C"]:
     """softmax(q k^T / sqrt(C)) v, where a position sees its own frame of `frame_size` positions and the earlier ones.
 
-    Queries and keys meet in blocks of at most `block` positions, under an online softmax and recomputed in the backward pass, so
-    memory is linear in N. Blocks of keys that lie wholly ahead of a block of queries are passed over.
+    Queries are of all positions, or of the same share of each frame's. They meet keys in blocks of at most `block` positions, under an
+    online softmax and recomputed in the backward pass, so memory is linear in N. Blocks of keys that lie wholly ahead of a block of queries
+    are passed over.
     """
-    batch, length, channels = q.shape
-    block = min(block, length)
-    count = -(-length // block)
-    pad = ((0, 0), (0, count * block - length), (0, 0))
-    q, k, v = (jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, block, channels), 1, 0) for x in (q, k, v))
+    batch, length, channels = k.shape
+    asked = q.shape[1]
+    of_queries = frame_size * asked // length
+    block = min(block, asked)
+
+    def blocks(x: Float[Array, "B L C"]) -> Float[Array, "N B l C"]:
+        count = -(-x.shape[1] // block)
+        filled = jnp.pad(x, ((0, 0), (0, count * block - x.shape[1]), (0, 0)))
+        return jnp.moveaxis(filled.reshape(batch, count, block, channels), 1, 0)
+
+    q, k, v = blocks(q), blocks(k), blocks(v)
     within = jnp.arange(block)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(args: tuple[Array, Float[Array, "B Q C"]]) -> Float[Array, "B Q C"]:
         number, queries = args
-        frame_of_query = (number * block + within) // frame_size
+        frame_of_query = (number * block + within) // of_queries
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def meet(state: Any, keys: Float[Array, "B K C"], values: Float[Array, "B K C"], start: Array) -> Any:
@@ -243,11 +254,11 @@ def frame_causal_attention(
 
         state = functools.partial(jnp.full, dtype=jnp.float32)
         nothing = state((batch, block, channels), 0.0), state((batch, block), 0.0), state((batch, block), -jnp.inf)
-        (total, weight, _), _ = jax.lax.scan(step, nothing, (k, v, block * jnp.arange(count)))
+        (total, weight, _), _ = jax.lax.scan(step, nothing, (k, v, block * jnp.arange(len(k))))
         return (total / weight[..., None]).astype(v.dtype)
 
-    out = jax.lax.map(attend, (jnp.arange(count), q))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, channels)[:, :length]
+    out = jax.lax.map(attend, (jnp.arange(len(q)), q))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, channels)[:, :asked]
 
 
 class FrameCausalAttention(nn.Module):
@@ -257,13 +268,16 @@ class FrameCausalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T Y X C"]) -> Float[Array, "B T Y X C"]:
-        batch, frames, height, width, channels = x.shape
-        # Positions are flattened for the whole block: normalisation sees the same values either way.
-        h = _group_norm(self.config, "group_norm")(x).reshape(batch, frames * height * width, channels)
+        _, _, height, width, channels = x.shape
+        h = _group_norm(self.config, "group_norm")(x)
         q, k, v = (nn.Dense(channels, dtype=self.config.dtype, name=name)(h) for name in ("to_q", "to_k", "to_v"))
-        out = frame_causal_attention(q, k, v, frame_size=height * width)
+
+        def attend(q: Float[Array, "b T y X C"], *keys_and_values: Float[Array, "b T Y X C"]) -> Float[Array, "b T y X C"]:
+            q_positions, k, v = (each.reshape(len(each), -1, channels) for each in (q, *keys_and_values))
+            return frame_causal_attention(q_positions, k, v, frame_size=height * width).reshape(q.shape)
+
         to_out = nn.Dense(channels, dtype=self.config.dtype, kernel_init=nn.initializers.zeros, name="to_out_0")
-        return x + to_out(out).reshape(x.shape)
+        return x + to_out(among_all_rows(attend, q, k, v))
 
 
 class MidBlock(nn.Module):

@@ -84,7 +84,7 @@ OPTIONS: dict[Generation, dict[str, str]] = {
 }
 
 
-# Sums over all of a pod's devices, given to Ironwood's SparseCores as they are unless refused, abort its compiler (libtpu 0.0.42).
+# Ironwood's compiler (libtpu 0.0.42) aborts over some of the sums that it gives to SparseCores, as it does unless told otherwise.
 NOT_ABORTED = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": "false"}
 # Without these a TPU's scheduler starts what a ring passes on, and what is exchanged for heads, only after the kernels that it could have
 # run beside.
