@@ -42,7 +42,7 @@ def score(lengths, *x):
 
 with jax.set_mesh(mesh):
     step = jax.jit(jax.grad(score, argnums=range(1, 7))).lower(array(ROWS, samples, dtype=jnp.int32), *x)
-    step = step.compile(step_options(mesh.devices.flat[0].device_kind, tuned=TUNED))
+    step = step.compile(step_options(mesh.devices.flat[0].device_kind, tuned=False))
 print(step.memory_analysis().temp_size_in_bytes)
 print(step.as_text())
 """
@@ -57,24 +57,24 @@ def as_training_compiles():
 
 
 @pytest.mark.parametrize(
-    ("topology", "tuned", "exchange", "degree", "least", "alone"),
+    ("topology", "exchange", "degree", "least", "alone"),
     [
         # Keys and values forward, the same with their gradients backward, gradients home.
-        ("v5p:2x2x1", False, "collective-permute", 1, 2 + 4 + 2, []),
+        ("v5p:2x2x1", "collective-permute", 1, 2 + 4 + 2, []),
         # In two turns: queries, keys and values, and results, forward; results with their gradients, and gradients, backward. The first
         # of all can wait for no kernel.
-        ("v5p:2x2x1", False, "all-to-all", 4, 2 * 4, [0]),
+        ("v5p:2x2x1", "all-to-all", 4, 2 * 4, [0]),
         # One of the gradients on its way home, after the ring, begins and ends between the last two kernels.
-        ("tpu7x:2x2x1", True, "collective-permute", 1, 2 + 4 + 2, [9]),
+        ("tpu7x:2x2x1", "collective-permute", 1, 2 + 4 + 2, [9]),
     ],
     ids=["ring on v5p", "heads on v5p", "ring on tpu7x"],
 )
-def test_attention_exchanges_while_kernels_run_and_holds_little(topology, tuned, exchange, degree, least, alone):
+def test_attention_exchanges_while_kernels_run_and_holds_little(topology, exchange, degree, least, alone):
     """24 heads of 128, 30,720 tokens on each of four devices, forward and backward: at most 5 GiB beside arguments and results.
 
     `alone` names the exchanges beside which no kernel runs, by how many kernels, or loops of them, have run before.
     """
-    source = RING.replace("TOPOLOGY", topology).replace("DEGREE", str(degree)).replace("TUNED", str(tuned))
+    source = RING.replace("TOPOLOGY", topology).replace("DEGREE", str(degree))
     temporaries, _, text = run_program(source).partition("\n")
     assert int(temporaries) <= 5 * GIB
     program = Program(text[text.index("HloModule") :])

@@ -138,6 +138,7 @@ class Conv3D(nn.Module):
         shape = (self.kernel,) * 3 + (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, (self.features,))
+        # The kernel stays as it is until it is used: so its gradient is summed over devices.
         x, bias = x.astype(self.dtype), bias.astype(self.dtype)
         if self.kernel == 1 and self.strides == (1, 1, 1):
             return x @ kernel[0, 0, 0].astype(self.dtype) + bias

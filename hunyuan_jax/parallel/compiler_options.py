@@ -32,6 +32,10 @@ _OVERLAPPED_ALL_GATHER = {
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 
+# Ironwood's compiler (libtpu 0.0.42) aborts over some of the sums that it gives to SparseCores, as it does unless told otherwise. With all
+# of its vector memory to work with, the temporaries of a ring of 30,720 tokens to a device stay within 5 GiB.
+IRONWOOD = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": "false", "xla_tpu_scoped_vmem_limit_kib": "65536"}
+
 OPTIONS: dict[Generation, dict[str, str]] = {
     "v4": _OVERLAPPED_ALL_GATHER,
     "v5e": {**_OVERLAPPED_ALL_GATHER, "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true"},
@@ -58,7 +62,7 @@ OPTIONS: dict[Generation, dict[str, str]] = {
         "xla_latency_hiding_scheduler_rerun": "2",
     },
     "tpu7x": {
-        "xla_tpu_scoped_vmem_limit_kib": "65536",
+        **IRONWOOD,
         "xla_enable_async_all_gather": "true",
         "xla_enable_async_all_reduce": "true",
         "xla_tpu_enable_async_collective_fusion": "true",
@@ -84,8 +88,6 @@ OPTIONS: dict[Generation, dict[str, str]] = {
 }
 
 
-# Ironwood's compiler (libtpu 0.0.42) aborts over some of the sums that it gives to SparseCores, as it does unless told otherwise.
-NOT_ABORTED = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": "false"}
 # Without these a TPU's scheduler starts what a ring passes on, and what is exchanged for heads, only after the kernels that it could have
 # run beside.
 OVERLAPPED = {"xla_tpu_enable_all_experimental_scheduler_features": "true", "xla_tpu_enable_async_all_to_all": "true"}
@@ -94,9 +96,8 @@ OVERLAPPED = {"xla_tpu_enable_all_experimental_scheduler_features": "true", "xla
 def step_options(device_kind: str, *, tuned: bool) -> dict[str, str]:
     """What a training step is compiled with; where `tuned`, with all of the generation's options, which takes longer to compile."""
     always = OVERLAPPED if device_kind.startswith("TPU") else {}
-    if device_kind.startswith("TPU7x"):
-        always = always | NOT_ABORTED
-    return always | (compiler_options(device_kind) if tuned else {})
+    of_generation = IRONWOOD if device_kind.startswith("TPU7x") else {}
+    return always | (compiler_options(device_kind) if tuned else of_generation)
 
 
 def compiler_options(device_kind: str) -> dict[str, str]:
