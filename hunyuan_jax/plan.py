@@ -62,9 +62,10 @@ ROOM = 0.85  # of the memory, that a step may fill
 # Arithmetic alone: widths of a token's vector that a block keeps for the backward pass, and that one block needs while it works.
 KEPT_WIDTHS = {"none": 34.0, "attention": 2.0, "attention_host": 1.0, "full": 1.0}
 WORKING_WIDTHS = 110.0
-# To compile in a third of the time, without costly passes; memory is then an upper bound, and fewer exchanges are hidden. With them the
-# hundreds of convolutions of a VAE's step take hours.
-QUICKLY = {"exec_time_optimization_effort": -1.0}
+# To compile in a third of the time, without costly passes and with no more vector memory than the compiler takes by itself, since more is
+# more to try; memory is then an upper bound, and fewer exchanges are hidden. With them the hundreds of convolutions of a VAE's step take
+# hours.
+QUICKLY = {"exec_time_optimization_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
 
 
 @dataclasses.dataclass(frozen=True)
