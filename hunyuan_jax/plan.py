@@ -438,7 +438,10 @@ def make_plan(
 
 
 def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:
-    """FLOPs of a step as XLA counts them before it optimizes: for models without loops. What the model takes is without recomputation."""
+    """FLOPs of a step as XLA counts them before it optimizes, which counts loops once, those of the VAE's attention among them.
+
+    What the model takes is without recomputation.
+    """
 
     def count(remat: str) -> float:
         changed = ConfigDict(config.to_dict())
@@ -494,7 +497,7 @@ def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int, e
             found.append((tried, make_plan(tried, topology, bucket_name=bucket_name, exact=exact)))
             print(_short(*found[-1]), file=sys.stderr, flush=True)
         except UserError as error:
-            print(f"{_mesh(guess)}, {tried.model.context}, remat {tried.model.remat}: {error}", file=sys.stderr, flush=True)
+            print(f"{_choice(tried, guess)}: {error}", file=sys.stderr, flush=True)
     if not found:
         raise UserError(f"Of the {tries} candidates tried none could be compiled; try more of them (--tries).")
     return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].step_seconds))
@@ -515,13 +518,13 @@ def _too_much(plan: Plan) -> str:
     return "may not fit, which --exact knows" if plan.upper_bound else "does not fit"
 
 
+def _choice(config: ConfigDict, plan: Plan) -> str:
+    return f"{_mesh(plan)}, {config.model.get('context', 'ring')}, remat {config.model.remat}"
+
+
 def _short(config: ConfigDict, plan: Plan) -> str:
-    model = config.model
     verdict = "fits" if plan.fits else _too_much(plan)
-    return (
-        f"{_mesh(plan)}, {model.get('context', 'ring')}, remat {model.remat}: {verdict}, {_gib(plan.memory.total)}, "
-        f"{plan.step_seconds:.2f} s, MFU {100 * plan.mfu:.1f} %"
-    )
+    return f"{_choice(config, plan)}: {verdict}, {_gib(plan.memory.total)}, {plan.step_seconds:.2f} s, MFU {100 * plan.mfu:.1f} %"
 
 
 def table(config: ConfigDict, topology: str, plan: Plan) -> str:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from hunyuan_jax.parallel.sharding import BATCH_AXES
 
 AXIS = "sequence"
-ROWS = P(BATCH_AXES, None, AXIS)
+OWN_ROWS = P(BATCH_AXES, None, AXIS)
 Edges = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -39,7 +39,7 @@ def convolve_with_edges(
     def on_one(x: Float[Array, "b T h W C"], kernel: Float[Array, "t h w C D"]) -> Float[Array, "b T2 h2 W2 D"]:
         return convolve(_repeat(_with_neighbours(x, of_rows), of_frames, (0, 0), of_columns), kernel)
 
-    return jax.shard_map(on_one, in_specs=(ROWS, P()), out_specs=ROWS)(x, kernel)
+    return jax.shard_map(on_one, in_specs=(OWN_ROWS, P()), out_specs=OWN_ROWS)(x, kernel)
 
 
 def among_all_rows(
@@ -52,7 +52,7 @@ def among_all_rows(
     def on_one(q: Float[Array, "b T h W C"], *kv: Float[Array, "b T h W C"]) -> Float[Array, "b T h W C"]:
         return attend(q, *(jax.lax.all_gather(x, AXIS, axis=2, tiled=True) for x in kv))
 
-    return jax.shard_map(on_one, in_specs=(ROWS,) * 3, out_specs=ROWS, check_vma=False)(q, k, v)
+    return jax.shard_map(on_one, in_specs=(OWN_ROWS,) * 3, out_specs=OWN_ROWS, check_vma=False)(q, k, v)
 
 
 def _own_rows(x: Float[Array, "B T H W C"]) -> int | None:
