@@ -125,6 +125,7 @@ def _train(stage: str) -> ConfigDict:
                 "remat": "attention",
                 "attention": "auto",
                 "context": "ring",
+                "context_degree": 0,
                 "dtype": "bfloat16",
             },
             "video": {"frames": frames, "height": height, "width": width, "interval": 1, "fps": 24.0},

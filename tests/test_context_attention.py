@@ -1,8 +1,11 @@
 """Laws of attention whose tokens are split over devices: it is that of one device, in memory that grows with a device's own tokens."""
 
+import dataclasses
+
 import pytest
 
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.parallel.context_attention import degree_of
 from tests.commands import run_module, run_program
 
@@ -101,3 +104,21 @@ def test_heads_that_the_tensor_axis_does_not_divide_are_refused():
     assert degree_of("ring", 24, mesh) == 1
     with pytest.raises(UserError, match=r"mesh.tensor=4 does not divide the 6 heads; set it to one of 1, 2, 3, 6"):
         degree_of("ring", 6, mesh)
+
+
+def test_as_many_devices_share_heads_as_can_or_as_a_config_says():
+    mesh = {"data": 1, "fsdp": 1, "sequence": 16, "tensor": 1}
+    assert degree_of("heads", 24, mesh) == 8
+    assert degree_of("heads", 24, mesh, wanted=4) == 4
+    with pytest.raises(UserError, match=r"context_degree=16 must divide mesh.sequence=16 and 24 heads.*nearest that does is 8"):
+        degree_of("heads", 24, mesh, wanted=16)
+    with pytest.raises(UserError, match=r"no two of the mesh.sequence=16 devices can share 9 heads.*'ring'"):
+        degree_of("heads", 9, mesh)
+
+
+def test_a_kernel_whose_parts_cannot_be_merged_is_refused_where_devices_share_tokens():
+    config = DiTConfig(width=12, num_heads=1, rope_axes=(4, 4, 4), num_double_blocks=1, num_single_blocks=1, text_dim=5, pooled_dim=3)
+    mesh = {"data": 1, "fsdp": 1, "sequence": 2, "tensor": 1}
+    assert config.degree_on(mesh) == 1
+    with pytest.raises(UserError, match=r"'cudnn' has no parts that mesh.sequence=2 devices could merge"):
+        dataclasses.replace(config, attention="cudnn").degree_on(mesh)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import traverse_util
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from configs import t2v_13b
 from hunyuan_jax.errors import UserError
@@ -17,9 +17,9 @@ from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.models.text_encoders import CLIPTextConfig, TextTowerConfig
 from hunyuan_jax.models.vae import VAEConfig, abstract_params
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from hunyuan_jax.parallel.sharding import PARAM_RULES, param_shardings, path_of, rule_for, split_rows
+from hunyuan_jax.parallel.sharding import ACTIVATION_RULES, PARAM_RULES, param_shardings, path_of, rule_for, spec, split_rows
 from hunyuan_jax.settings import build
-from tests.commands import run_program
+from tests.commands import ROOT, run_program
 
 
 def abstract_dit():
@@ -85,9 +85,35 @@ def test_the_13b_model_is_split_almost_wholly(trees):
     assert sum(jax.tree.leaves(held)) < 1.01 * sum(leaf.size for leaf in jax.tree.leaves(trees["dit"])) / 8
 
 
-@pytest.mark.parametrize("config", [{"data": 2}, {"data": 3, "fsdp": -1}, {"data": -1, "fsdp": -1}, {"fsdp": 0}, {"tensor": 16}])
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(config):
-    with pytest.raises(UserError, match="mesh"):
+def test_activations_are_split_over_axes_of_the_mesh_and_one_that_has_no_rule_is_an_error():
+    for name, axes in ACTIVATION_RULES.items():
+        assert set(axes) <= set(AXES), name
+    assert spec("samples", "image tokens", "heads") == PartitionSpec(("data", "fsdp"), "sequence", "tensor")
+    assert spec(None, "text tokens") == PartitionSpec(None, ())
+    with pytest.raises(KeyError, match="image token"):
+        spec("samples", "image token")
+
+
+def test_every_rule_of_activations_is_used():
+    source = "\n".join(path.read_text() for path in (ROOT / "hunyuan_jax").rglob("*.py") if path.name != "sharding.py")
+    placing = source + (ROOT / "hunyuan_jax/parallel/sharding.py").read_text().split("def batch_sharding")[1]
+    for name in ACTIVATION_RULES:
+        assert f'"{name.removesuffix(" between products")}"' in placing, name
+
+
+@pytest.mark.parametrize(
+    ("config", "nearest"),
+    [
+        ({"data": 2}, "data=2, fsdp=4, sequence=1, tensor=1"),
+        ({"data": 3, "fsdp": -1}, "data=4, fsdp=2, sequence=1, tensor=1"),
+        ({"data": -1, "fsdp": -1}, "data=1, fsdp=8, sequence=1, tensor=1"),
+        ({"fsdp": 0}, "data=1, fsdp=8, sequence=1, tensor=1"),
+        ({"tensor": 16}, "data=1, fsdp=1, sequence=1, tensor=8"),
+        ({"data": 1, "sequence": 4, "tensor": 3}, "data=1, fsdp=1, sequence=4, tensor=2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_and_the_nearest_named(config, nearest):
+    with pytest.raises(UserError, match=f"does not fit 8 devices.*The nearest that does is {nearest}"):
         make_mesh(MeshConfig(**config), devices=8 * jax.devices()[:1])
 
 

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 RING = f"""{BEGIN}
 from jax.sharding import NamedSharding
 from hunyuan_jax.parallel.compiler_options import step_options
-from hunyuan_jax.parallel.context_attention import IMAGE, ROWS, TEXT, How, context_attention
+from hunyuan_jax.parallel.context_attention import IMAGE, SAMPLES, TEXT, How, context_attention
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 
 mesh = make_mesh(MeshConfig(sequence=4), topologies.get_topology_desc("TOPOLOGY", platform="tpu").devices)
@@ -41,7 +41,7 @@ def score(lengths, *x):
     return sum(jnp.sum(out.astype(jnp.float32)) for out in context_attention(x[:3], x[3:], txt_lengths=lengths, how=How(length, degree)))
 
 with jax.set_mesh(mesh):
-    step = jax.jit(jax.grad(score, argnums=range(1, 7))).lower(array(ROWS, samples, dtype=jnp.int32), *x)
+    step = jax.jit(jax.grad(score, argnums=range(1, 7))).lower(array(SAMPLES, samples, dtype=jnp.int32), *x)
     step = step.compile(step_options(mesh.devices.flat[0].device_kind, tuned=False))
 print(step.memory_analysis().temp_size_in_bytes)
 print(step.as_text())

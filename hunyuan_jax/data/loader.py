@@ -199,8 +199,10 @@ class Loader:
         parts = sharding.num_devices // sharding.shard_shape((sharding.num_devices,))[0]
         for bucket in schedule.buckets:
             if bucket.batch % parts:
+                near = max(1, round(bucket.batch / parts)) * parts
                 raise UserError(
-                    f"Bucket {bucket.name}: a batch of {bucket.batch} is split into {parts} on this mesh; set a multiple of it."
+                    f"Bucket {bucket.name}: a batch of {bucket.batch} is split into {parts} on this mesh; set a multiple of it, such "
+                    f"as {near}."
                 )
         most = config.most_damaged(len(dataset.rows))
         read = ReadStep(dataset, schedule, config.text_length, encode, shapes, sharding, most)

@@ -17,7 +17,7 @@ H heads, d head width, P pooled features, E segments of a sample (see `Condition
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -51,15 +51,16 @@ from hunyuan_jax.models.layers import (
     sinusoid,
 )
 from hunyuan_jax.parallel.context_attention import How, Method, context_attention, degree_of
-from hunyuan_jax.parallel.sharding import HOST_MEMORY, sequence_size, split_samples, split_tokens
+from hunyuan_jax.parallel.mesh import SEQUENCE
+from hunyuan_jax.parallel.sharding import HOST_MEMORY, placed, sequence_size
 
+IMAGE, TEXT = "image tokens", "text tokens"  # as parallel/sharding.py names them
 TIME_SCALE = 1000.0  # the released models count time and guidance in thousandths
 REFINER_MLP_RATIO = 4.0  # of the token refiner, whatever the blocks have
 
 # What each block keeps for the backward pass: all; the results of its attention; the same, in host memory; nothing.
 Remat = Literal["none", "attention", "attention_host", "full"]
 ComputeDtype = Literal["float32", "bfloat16"]
-IMAGE = ("sequence",)  # axes of the mesh that image tokens are always split over; text tokens are on every device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class DiTConfig:
     remat: Remat = "none"
     attention: Backend = "auto"  # the kernel
     context: Method = "ring"  # how devices of the mesh's axis sequence attend together
+    context_degree: int = 0  # how many of them share heads by "heads", while rings join what is left; 0 for as many as can
     dtype: ComputeDtype = "float32"  # of the linear layers and the residual stream; parameters are float32
 
     def __post_init__(self) -> None:
@@ -107,7 +109,7 @@ class DiTConfig:
         for name in ("width", "num_heads", "text_dim", "pooled_dim", "in_channels", "out_channels", "mlp_ratio", "rope_theta"):
             if getattr(self, name) <= 0:
                 raise UserError(f"DiTConfig: {name} must be positive, not {getattr(self, name)}.")
-        for name in ("num_double_blocks", "num_single_blocks", "num_refiner_blocks"):
+        for name in ("num_double_blocks", "num_single_blocks", "num_refiner_blocks", "context_degree"):
             if getattr(self, name) < 0:
                 raise UserError(f"DiTConfig: {name} must not be negative, but is {getattr(self, name)}.")
         for name in ("patch_size", "rope_axes"):
@@ -117,6 +119,15 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    def degree_on(self, mesh: Mapping[str, int]) -> int:
+        """How many devices share heads on a mesh of these sizes. Raises `UserError` where it cannot be as the config says."""
+        if mesh[SEQUENCE] > 1 and self.attention == "cudnn":
+            raise UserError(
+                f"model.attention='cudnn' has no parts that mesh.sequence={mesh[SEQUENCE]} devices could merge; "
+                "set model.attention to 'auto' or 'reference', or mesh.sequence to 1."
+            )
+        return degree_of(self.context, self.num_heads, mesh, wanted=self.context_degree)
 
     @property
     def mlp_hidden(self) -> int:
@@ -172,6 +183,16 @@ def _kept(remat: Remat) -> Callable[..., bool] | None:
     return None
 
 
+def in_products(x: Float[Array, "B L D"], tokens: str) -> Float[Array, "B L D"]:
+    """A stream as products take it on a mesh."""
+    return placed(x, "samples", tokens)
+
+
+def between_products(x: Float[Array, "B L D"], tokens: str) -> Float[Array, "B L D"]:
+    """A stream as norms and sums take it on a mesh."""
+    return placed(x, "samples", f"{tokens} between products")
+
+
 def split_heads(qkv: Float[Array, "B L F"], num_heads: int) -> tuple[Array, Array, Array]:
     """Queries, keys and values [B, L, H, d] from the output of a fused projection, in the order q, k, v."""
     q, k, v = rearrange(qkv, "b l (three h d) -> three b l h d", three=3, h=num_heads)
@@ -193,7 +214,7 @@ class RefinerBlock(nn.Module):
         attn = attention(*split_heads(qkv, c.num_heads), kv_lengths=lengths)
         txt = gated_add(txt, attn_gate, linear(c.width, name="self_attn_proj", dtype=dtype)(rearrange(attn, "b s h d -> b s (h d)")))
         mlp = MLP(round(c.width * REFINER_MLP_RATIO), silu, dtype, name="mlp")
-        return split_samples(gated_add(txt, mlp_gate, mlp(LayerNorm(dtype, name="norm2")(txt)))), None
+        return placed(gated_add(txt, mlp_gate, mlp(LayerNorm(dtype, name="norm2")(txt))), "samples"), None
 
 
 class TokenRefiner(nn.Module):
@@ -211,8 +232,8 @@ class TokenRefiner(nn.Module):
         # Padding is zero by now, so the plain sum is the sum over valid tokens; an empty text has mean 0.
         mean = jnp.sum(txt.astype(jnp.float32), axis=1) / jnp.maximum(lengths, 1)[:, None]
         vec = MLPEmbedder(c.width, dtype, EMBEDDING_INIT, name="t_embedder")(time_features)
-        vec = split_samples(vec + MLPEmbedder(c.width, dtype, name="c_embedder")(mean))
-        txt = split_samples(linear(c.width, name="input_embedder", dtype=dtype)(txt))
+        vec = placed(vec + MLPEmbedder(c.width, dtype, name="c_embedder")(mean), "samples")
+        txt = placed(linear(c.width, name="input_embedder", dtype=dtype)(txt), "samples")
         if c.num_refiner_blocks:
             blocks = stacked(RefinerBlock, length=c.num_refiner_blocks, remat=c.remat)
             txt, _ = blocks(c, name="individual_token_refiner")(txt, vec, lengths)
@@ -254,17 +275,17 @@ class DoubleBlock(nn.Module):
         img_attn_mod, img_mlp_mod = self.modulation("img", *conditions.of_stream(0, img.shape[1]))
         txt_attn_mod, txt_mlp_mod = self.modulation("txt", conditions.vec[:, :1], None)
 
-        img_qkv = self.normed_heads("img", split_tokens(modulate(img, img_attn_mod.shift, img_attn_mod.scale), *IMAGE))
-        txt_qkv = self.normed_heads("txt", split_tokens(modulate(txt, txt_attn_mod.shift, txt_attn_mod.scale)))
+        img_qkv = self.normed_heads("img", in_products(modulate(img, img_attn_mod.shift, img_attn_mod.scale), IMAGE))
+        txt_qkv = self.normed_heads("txt", in_products(modulate(txt, txt_attn_mod.shift, txt_attn_mod.scale), TEXT))
         img_attn, txt_attn = joint_attention((img_qkv, txt_qkv), conditions)
 
-        img = gated_add(img, img_attn_mod.gate, split_tokens(self.projection("img", img_attn), *IMAGE, "tensor"))
-        txt = gated_add(txt, txt_attn_mod.gate, split_tokens(self.projection("txt", txt_attn), "tensor"))
-        img_mlp = self.mlp("img", split_tokens(modulate(img, img_mlp_mod.shift, img_mlp_mod.scale), *IMAGE))
-        txt_mlp = self.mlp("txt", split_tokens(modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale)))
-        img = gated_add(img, img_mlp_mod.gate, split_tokens(img_mlp, *IMAGE, "tensor"))
-        txt = gated_add(txt, txt_mlp_mod.gate, split_tokens(txt_mlp, "tensor"))
-        return (split_tokens(img, *IMAGE, "tensor"), split_tokens(txt, "tensor")), None
+        img = gated_add(img, img_attn_mod.gate, between_products(self.projection("img", img_attn), IMAGE))
+        txt = gated_add(txt, txt_attn_mod.gate, between_products(self.projection("txt", txt_attn), TEXT))
+        img_mlp = self.mlp("img", in_products(modulate(img, img_mlp_mod.shift, img_mlp_mod.scale), IMAGE))
+        txt_mlp = self.mlp("txt", in_products(modulate(txt, txt_mlp_mod.shift, txt_mlp_mod.scale), TEXT))
+        img = gated_add(img, img_mlp_mod.gate, between_products(img_mlp, IMAGE))
+        txt = gated_add(txt, txt_mlp_mod.gate, between_products(txt_mlp, TEXT))
+        return (between_products(img, IMAGE), between_products(txt, TEXT)), None
 
     def modulation(self, stream: str, vec: Array, clean: Array | None) -> tuple[ModulationOut, ...]:
         return Modulation(2, self.config.compute_dtype, name=f"{stream}_mod")(vec, clean)
@@ -297,19 +318,19 @@ class SingleBlock(nn.Module):
         linear2 = linear(c.width, name="linear2", dtype=c.compute_dtype)
         q_norm, k_norm = RMSNorm(name="q_norm"), RMSNorm(name="k_norm")
         heads, mlps, gates, start = [], [], [], 0
-        over = [IMAGE if n == 0 else () for n in range(len(streams))]  # where all are one stream, nothing is split over `sequence`
-        for x, axes in zip(streams, over, strict=True):
+        kinds = (IMAGE, TEXT)[: len(streams)]  # where all are one stream, `sequence` has one device
+        for x, kind in zip(streams, kinds, strict=True):
             (mod,) = modulation(*conditions.of_stream(start, x.shape[1]))
             start += x.shape[1]
-            qkv, mlp = jnp.split(linear1(split_tokens(modulate(x, mod.shift, mod.scale), *axes)), [3 * c.width], axis=-1)
+            qkv, mlp = jnp.split(linear1(in_products(modulate(x, mod.shift, mod.scale), kind)), [3 * c.width], axis=-1)
             q, k, v = split_heads(qkv, c.num_heads)
             heads.append((q_norm(q), k_norm(k), v))
             mlps.append(mlp)
             gates.append(mod.gate)
         out = []
-        for x, axes, attn, mlp, gate in zip(streams, over, joint_attention(heads, conditions), mlps, gates, strict=True):
-            more = split_tokens(linear2(jnp.concatenate([attn, gelu_tanh(mlp)], axis=-1)), *axes, "tensor")
-            out.append(split_tokens(gated_add(x, gate, more), *axes, "tensor"))
+        for x, kind, attn, mlp, gate in zip(streams, kinds, joint_attention(heads, conditions), mlps, gates, strict=True):
+            more = between_products(linear2(jnp.concatenate([attn, gelu_tanh(mlp)], axis=-1)), kind)
+            out.append(between_products(gated_add(x, gate, more), kind))
         return tuple(out), None
 
 
@@ -323,7 +344,7 @@ class PatchEmbed(nn.Module):
         pt, py, px = self.config.patch_size
         patches = rearrange(latents, "b (t pt) (y py) (x px) c -> b (t y x) (c pt py px)", pt=pt, py=py, px=px)
         init = nn.initializers.xavier_uniform()
-        return linear(self.config.width, name="proj", dtype=self.config.compute_dtype, kernel_init=init)(patches)
+        return linear(self.config.width, name="proj", dtype=self.config.compute_dtype, kernel_init=init, within="img_in")(patches)
 
 
 class FinalLayer(nn.Module):
@@ -337,7 +358,8 @@ class FinalLayer(nn.Module):
         modulation = linear(2 * c.width, name="adaLN_modulation", dtype=c.compute_dtype, kernel_init=ZERO_INIT)(nn.silu(vec))
         shift, scale = jnp.split(modulation[:, None, :].astype(jnp.float32), 2, axis=-1)
         features = c.out_channels * math.prod(c.patch_size)
-        return linear(features, name="linear", dtype=c.compute_dtype, kernel_init=ZERO_INIT)(modulate(img, shift, scale))
+        last = linear(features, name="linear", dtype=c.compute_dtype, kernel_init=ZERO_INIT, within="final_layer")
+        return last(modulate(img, shift, scale))
 
 
 class DiT(nn.Module):
@@ -374,10 +396,10 @@ class DiT(nn.Module):
         txt, txt_lengths = valid_first(txt, txt_mask)
 
         time_features = sinusoid(TIME_SCALE * t)
-        vec = split_samples(self.modulation_vectors(time_features, pooled, guidance, with_clean=clean_frames is not None))
+        vec = placed(self.modulation_vectors(time_features, pooled, guidance, with_clean=clean_frames is not None), "samples")
         img = PatchEmbed(c, name="img_in")(latents)
         num_img, devices = img.shape[1], sequence_size()
-        img = split_tokens(jnp.pad(img, ((0, 0), (0, -num_img % devices), (0, 0))), *IMAGE, "tensor")
+        img = between_products(jnp.pad(img, ((0, 0), (0, -num_img % devices), (0, 0))), IMAGE)
         txt = TokenRefiner(c, name="txt_in")(txt, time_features, txt_lengths)
         conditions = joint_conditions(c, grid, vec, txt_lengths, num_txt=txt.shape[1], clean_frames=clean_frames, devices=devices)
 
@@ -387,7 +409,7 @@ class DiT(nn.Module):
         streams = (img, txt) if devices > 1 else (jnp.concatenate([img, txt], axis=1),)
         if c.num_single_blocks:
             streams, _ = stacked(SingleBlock, length=c.num_single_blocks, remat=c.remat)(c, name="single_blocks")(streams, conditions)
-        patches = FinalLayer(c, name="final_layer")(split_tokens(streams[0], *IMAGE)[:, :num_img], vec[:, 0])
+        patches = FinalLayer(c, name="final_layer")(in_products(streams[0], IMAGE)[:, :num_img], vec[:, 0])
         return unpatchify(patches, grid, c.patch_size)[:, : size[0], : size[1], : size[2]].astype(jnp.float32)
 
     def modulation_vectors(self, time_features: Array, pooled: Array, guidance: Array | None, *, with_clean: bool) -> Float[Array, "B E D"]:
@@ -478,6 +500,8 @@ def joint_conditions(
         clean = jnp.pad(frame < clean_frames[:, None], ((0, 0), (0, after)))
     context = None
     backend = backend_for(config.attention, config.compute_dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    degree = 1 if mesh.empty else config.degree_on(mesh.shape)
     if devices > 1:
-        context = How(num_img, degree_of(config.context, config.num_heads, jax.sharding.get_abstract_mesh().shape), backend)
+        context = How(num_img, degree, backend)
     return Conditions(vec=vec, clean=clean, rope=rope, kv_lengths=num_img + txt_lengths, backend=backend, context=context)

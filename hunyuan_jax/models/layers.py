@@ -32,11 +32,17 @@ ZERO_INIT = nn.initializers.zeros_init()
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-def linear(features: int, *, name: str, dtype: DTypeLike, use_bias: bool = True, kernel_init: Initializer = LINEAR_INIT) -> nn.Dense:
-    """A linear layer: the product in `dtype`, of a kernel that is gathered where it is multiplied."""
+def linear(
+    features: int, *, name: str, dtype: DTypeLike, use_bias: bool = True, kernel_init: Initializer = LINEAR_INIT, within: str = ""
+) -> nn.Dense:
+    """A linear layer: the product in `dtype`, of a kernel that is gathered where it is multiplied.
+
+    `within` names the module that it is a part of, for layers whose own name has no rule in parallel/sharding.py.
+    """
+    path = f"{within}/{name}"
 
     def product(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-        return as_product(jax.lax.dot_general(x, as_multiplied(kernel, name), *args, **kwargs), kernel, name)
+        return as_product(jax.lax.dot_general(x, as_multiplied(kernel, path), *args, **kwargs), kernel, path)
 
     return nn.Dense(features, use_bias=use_bias, name=name, dtype=dtype, kernel_init=kernel_init, dot_general=product)
 
@@ -184,7 +190,7 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, vec: Float[Array, "B S D"], clean: Bool[Array, "B L"] | None = None) -> tuple[ModulationOut, ...]:
         features = 3 * self.num_sublayers * vec.shape[-1]
-        values = linear(features, name="linear", dtype=self.dtype, kernel_init=ZERO_INIT)(nn.silu(vec))
+        values = linear(features, name="linear", dtype=self.dtype, kernel_init=ZERO_INIT, within="modulation")(nn.silu(vec))
         chunks = [per_token(chunk, clean) for chunk in jnp.split(values, 3 * self.num_sublayers, axis=-1)]
         return tuple(ModulationOut(*chunks[i : i + 3]) for i in range(0, len(chunks), 3))
 

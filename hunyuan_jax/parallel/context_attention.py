@@ -21,15 +21,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from hunyuan_jax.attention_kernels import SAVED, Backend, Kernel, Valid, kernel_for, merge
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.parallel.mesh import SEQUENCE
+from hunyuan_jax.parallel.sharding import spec
 
-AXIS = "sequence"
-IMAGE, TEXT = P(("data", "fsdp"), AXIS, "tensor"), P(("data", "fsdp"), None, "tensor")
-ROWS = P(("data", "fsdp"))
+IMAGE, TEXT, SAMPLES = spec("samples", "image tokens", "heads"), spec("samples", "text tokens", "heads"), spec("samples")
 
 Method = Literal["ring", "heads"]
 
@@ -43,9 +42,9 @@ class _Place:
     """Where a device stands: `degree` neighbours share heads, and as many groups as there are stand in a ring."""
 
     def __init__(self, degree: int) -> None:
-        self.size: int = jax.lax.axis_size(AXIS)
+        self.size: int = jax.lax.axis_size(SEQUENCE)
         self.degree, self.hops = degree, self.size // degree
-        rank = jax.lax.axis_index(AXIS)
+        rank = jax.lax.axis_index(SEQUENCE)
         self.group, self.share = rank // degree, rank % degree
         self._groups = [list(range(start, start + degree)) for start in range(0, self.size, degree)]
         self._next = [(rank, (rank + degree) % self.size) for rank in range(self.size)]
@@ -63,7 +62,7 @@ class _Place:
         if self.degree == 1:
             return arrays
         whole = jnp.concatenate(arrays)
-        whole = jax.lax.all_to_all(whole, AXIS, axis_index_groups=self._groups, tiled=True, **axes)
+        whole = jax.lax.all_to_all(whole, SEQUENCE, axis_index_groups=self._groups, tiled=True, **axes)
         return tuple(jnp.split(whole, len(arrays)))
 
     def turns(self, *arrays: Float[Array, "B L H ..."]) -> list[list[Array]]:
@@ -74,7 +73,7 @@ class _Place:
 
     def pass_on(self, tree: Any) -> Any:
         """To the next group of the ring, and from the one before."""
-        return jax.lax.ppermute(tree, AXIS, self._next)
+        return jax.lax.ppermute(tree, SEQUENCE, self._next)
 
     def valid(self, length: int, block: int, hop: Array | int) -> Valid:
         """Which keys are tokens and not padding, of the block that has come over `hop` groups; None for all."""
@@ -126,11 +125,11 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
         parts.append(merge(of_image, of_text))
 
     part_lse = _heads([place.among_all(lse, fill=-jnp.inf) for _, lse in parts])
-    peak = jnp.maximum(jax.lax.pmax(part_lse, AXIS), -1e30)
+    peak = jnp.maximum(jax.lax.pmax(part_lse, SEQUENCE), -1e30)
     share = jnp.exp(part_lse - peak)
-    total = jax.lax.psum(share, AXIS)
+    total = jax.lax.psum(share, SEQUENCE)
     part = _heads([place.among_all(part, fill=0.0) for part, _ in parts])
-    txt_out = jax.lax.psum(part * share[..., None], AXIS) / jnp.maximum(total, 1e-30)[..., None]
+    txt_out = jax.lax.psum(part * share[..., None], SEQUENCE) / jnp.maximum(total, 1e-30)[..., None]
     txt_lse = peak + jnp.log(total)
     return (_heads(images), txt_out.astype(v.dtype)), (kept, (lses, txt_lse))
 
@@ -169,7 +168,7 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
     for n, (tq, tk, tv, txt_lse, txt_out, txt_slope) in enumerate(of_text_queries):
         among_text = attend_backward(tq, tk, tv, txt_valid & (place.group == 0), txt_out, txt_lse, txt_slope)
         of_text[n] = tuple(place.among_all(one + other, fill=0.0) for one, other in zip(of_text[n], among_text, strict=True))
-    whole = (jax.lax.psum(_heads(x), AXIS).astype(dtype) for x in zip(*of_text, strict=True))
+    whole = (jax.lax.psum(_heads(x), SEQUENCE).astype(dtype) for x in zip(*of_text, strict=True))
     return (*(_heads(x) for x in zip(*image, strict=True)), *whole)
 
 
@@ -196,7 +195,7 @@ def _attention_forward(how: How, *arrays: Array) -> Any:
     # Where heads are shared, what is kept has all tokens of a group: laid along the axis all the same, in the order of devices.
     run = jax.shard_map(
         functools.partial(_forward, how=how),
-        in_specs=(IMAGE,) * 3 + (TEXT,) * 3 + (ROWS,),
+        in_specs=(IMAGE,) * 3 + (TEXT,) * 3 + (SAMPLES,),
         out_specs=((IMAGE, TEXT), (IMAGE, (IMAGE, TEXT))),
         check_vma=False,
     )
@@ -208,7 +207,7 @@ def _attention_forward(how: How, *arrays: Array) -> Any:
 def _attention_backward(how: How, kept: Any, slopes: tuple[Array, Array]) -> tuple[Any, ...]:
     run: Callable[..., Any] = jax.shard_map(
         functools.partial(_backward, how=how),
-        in_specs=(IMAGE, (IMAGE, TEXT), TEXT, ROWS, (IMAGE, TEXT), (IMAGE, TEXT)),
+        in_specs=(IMAGE, (IMAGE, TEXT), TEXT, SAMPLES, (IMAGE, TEXT), (IMAGE, TEXT)),
         out_specs=(IMAGE,) * 3 + (TEXT,) * 3,
         check_vma=False,
     )
@@ -237,7 +236,7 @@ def on_every_device(attend: Callable[..., Array], q: Array, k: Array, v: Array, 
     if jax.sharding.get_abstract_mesh().empty:
         return attend(q, k, v, valid)
     valid = jnp.ones((k.shape[0], k.shape[1]), bool) if valid is None else valid
-    run = jax.shard_map(attend, in_specs=(TEXT, TEXT, TEXT, ROWS), out_specs=TEXT, check_vma=False)
+    run = jax.shard_map(attend, in_specs=(TEXT, TEXT, TEXT, SAMPLES), out_specs=TEXT, check_vma=False)
     return run(*_filled(q, k, v, valid))[: q.shape[0]]
 
 
@@ -248,13 +247,26 @@ def _filled(*arrays: Array) -> list[Array]:
     return [jnp.pad(x, ((0, fill), *((0, 0) for _ in x.shape[1:]))) for x in arrays]
 
 
-def degree_of(method: Method, heads: int, mesh: Mapping[str, int]) -> int:
-    """How many devices share heads on a mesh of these sizes: one for "ring", and for "heads" as many as can.
+def degree_of(method: Method, heads: int, mesh: Mapping[str, int], *, wanted: int = 0) -> int:
+    """How many devices share heads on a mesh of these sizes: one for "ring", and for "heads" those `wanted`, or with 0 as many as can.
 
-    Raises `UserError` where `tensor` does not divide the heads.
+    Raises `UserError` where `tensor` does not divide the heads, and where no devices can share them, or not as many as wanted.
     """
-    size, tensor = mesh[AXIS], mesh["tensor"]
+    size, tensor = mesh[SEQUENCE], mesh["tensor"]
     if heads % tensor:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise UserError(f"mesh.tensor={tensor} does not divide the {heads} heads; set it to one of {', '.join(map(str, fitting))}.")
-    return max(n for n in range(1, size + 1) if size % n == 0 and heads // tensor % n == 0) if method == "heads" else 1
+    fitting = [n for n in range(1, size + 1) if size % n == 0 and heads // tensor % n == 0]
+    if method == "ring" or size == 1:
+        return 1
+    if fitting == [1]:
+        raise UserError(
+            f"model.context='heads': no two of the mesh.sequence={size} devices can share {heads // tensor} heads, since no number "
+            f"divides both; set model.context to 'ring', or mesh.sequence to a multiple of a divisor of {heads // tensor}."
+        )
+    if wanted and wanted not in fitting:
+        raise UserError(
+            f"model.context_degree={wanted} must divide mesh.sequence={size} and {heads // tensor} heads ({heads} over mesh.tensor="
+            f"{tensor}); the nearest that does is {min(fitting, key=lambda n: abs(n - wanted))}, and a ring joins what is left."
+        )
+    return wanted or fitting[-1]

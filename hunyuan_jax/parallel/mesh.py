@@ -1,6 +1,7 @@
 """The device mesh: axes `data`, `fsdp`, `sequence`, `tensor`, outermost first."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,8 @@ from jax.sharding import AxisType, Mesh
 
 from hunyuan_jax.errors import UserError
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+SEQUENCE = "sequence"  # the axis whose devices share the tokens of a sample, or the rows of its frames
+AXES = ("data", "fsdp", SEQUENCE, "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,24 @@ def axis_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes) or known > count or count % known:
-        raise UserError(f"A mesh of {dict(zip(AXES, sizes, strict=True))} does not fit {count} devices; the axes must multiply to {count}.")
+        raise _no_mesh(sizes, count)
     sizes = [count // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != count:
-        raise UserError(
-            f"A mesh of {dict(zip(AXES, sizes, strict=True))} has {math.prod(sizes)} places for {count} devices; set one axis to -1."
-        )
+        raise _no_mesh(sizes, count)
     return dict(zip(AXES, sizes, strict=True))
+
+
+def _no_mesh(sizes: Sequence[int], count: int) -> UserError:
+    """The error of a mesh that does not fit, which names the nearest that does: of all, the one whose sizes change least, as ratios."""
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    fitting = [(*three, count // math.prod(three)) for three in itertools.product(divisors, repeat=3) if count % math.prod(three) == 0]
+    change = lambda found: sum(abs(math.log(n / size)) for n, size in zip(found, sizes, strict=True) if size > 0)  # noqa: E731
+    close = min(fitting, key=lambda found: (round(change(found), 9), found[3], found[2], -found[1]))
+    said = lambda found: ", ".join(f"{axis}={size}" for axis, size in zip(AXES, found, strict=True))  # noqa: E731
+    return UserError(
+        f"A mesh of {said(sizes)} does not fit {count} devices, to whose number the axes must multiply (one may be -1, for the rest). "
+        f"The nearest that does is {said(close)}."
+    )
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,13 +1,17 @@
-"""Where arrays live: the table of parameters by path, the sharding of batches, and what a program asks of its compiler.
+"""Where arrays live, in two tables: parameters by their path, and what is computed of them by what its axes mean.
 
-Each row of `PARAM_RULES` gives, for parameters whose path matches, the mesh axis of each dimension, the last dimensions
-first to be read from the right: a leading axis of scanned layers is never sharded. A matrix is sharded over `tensor` along the
-side that is split between heads or hidden units and over `fsdp` along the other. An axis that does not divide its dimension
-leaves it whole. There is no row that catches all: a parameter without a rule is an error.
+Each row of `PARAM_RULES` gives, for parameters whose path matches, the mesh axis of each of the last dimensions; a leading axis of scanned
+layers is never sharded. A matrix is sharded over `tensor` along the side that is split between heads or hidden units and over `fsdp` along
+the other. An axis that does not divide its dimension leaves it whole.
+
+`ACTIVATION_RULES` gives, for each axis of an activation, by name, the mesh axes that split it: samples, tokens, heads, rows.
+
+Neither has a row that catches all: a parameter or an axis without a rule is an error.
 """
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.parallel.mesh import SEQUENCE
 
 # (pattern of the path, axes of the last dimensions)
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -43,6 +48,22 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 BATCH_AXES = ("data", "fsdp")
+
+# Axes of activations by name. Products take a stream's tokens whole over `tensor`, which splits their heads and hidden units. Norms and
+# sums between them have no such side, so there tokens are split over `tensor` too: Korthikanti et al. 2022 (sequence parallelism).
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
+    "samples": BATCH_AXES,
+    "image tokens": (SEQUENCE,),
+    "image tokens between products": (SEQUENCE, "tensor"),
+    "text tokens": (),
+    "text tokens between products": ("tensor",),
+    "heads": ("tensor",),
+    "hidden units": ("tensor",),
+    "embedding": ("fsdp",),  # features of a table of words, on the devices that hold them
+    "frames": (),
+    "rows": (SEQUENCE,),  # of frames and their latents
+}
+
 HOST_MEMORY = "pinned_host"  # the kind of memory in which a device leaves to its host what it will want again
 
 
@@ -59,43 +80,65 @@ def rule_for(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     raise KeyError(f"No sharding rule for {path} of shape {shape}; add one to PARAM_RULES.")
 
 
+def param_axes(path: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> list[str | None]:
+    """The axis that splits each dimension of the parameter at `path`, on a mesh of these sizes."""
+    axes = zip(rule_for(path, shape), shape, strict=True)
+    return [axis if axis and size % mesh[axis] == 0 else None for axis, size in axes]
+
+
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """A sharding for every leaf of a tree of parameters or of anything shaped like them."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        axes = rule_for(path_of(path), leaf.shape)
-        fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=True)]
-        return NamedSharding(mesh, PartitionSpec(*fitting))
+        return NamedSharding(mesh, PartitionSpec(*param_axes(path_of(path), leaf.shape, mesh.shape)))
 
     return jax.tree_util.tree_map_with_path(place, params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Clips are split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, spec("samples"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-    """Within a program: the same, with the rows of frames split over `sequence`. Raises `UserError` where they do not divide."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    parts, rows = mesh.shape["sequence"], x.shape[2]
-    if rows % parts:
-        raise UserError(f"mesh.sequence={parts} splits the rows of frames and latents, but {rows} rows do not divide by it; set it lower.")
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, None, "sequence"))
+def spec(*names: str | None) -> PartitionSpec:
+    """How the first axes of an activation, named as in `ACTIVATION_RULES`, are split; None and all further axes are whole.
+
+    KeyError where there is no such axis.
+    """
+    return PartitionSpec(*map(_axes, names))
 
 
-def split_samples(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Within a program: the same, with samples split over the axes of a batch and nothing else.
+def placed(x: Float[Array, "..."], *names: str | None) -> Float[Array, "..."]:
+    """Within a program: the same, its first axes split as `spec` says; over `tensor` only where that divides them.
 
     Said of what blocks take and give, lest a compiler split features like the weights, and sum whole batches over the devices.
     """
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+
+    def fitting(name: str | None, size: int) -> tuple[str, ...]:
+        axes = _axes(name)
+        divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        return axes if divides else tuple(axis for axis in axes if axis != "tensor")
+
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(fitting, names, x.shape)))
+
+
+def _axes(name: str | None) -> tuple[str, ...]:
+    return () if name is None else ACTIVATION_RULES[name]
+
+
+def split_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+    """Within a program: the same, with the rows of frames split over `sequence`. Raises `UserError` where they do not divide."""
+    parts, rows = sequence_size(), x.shape[2]
+    if rows % parts:
+        raise UserError(f"mesh.sequence={parts} splits the rows of frames and latents, but {rows} rows do not divide by it; set it lower.")
+    return placed(x, "samples", "frames", "rows")
 
 
 def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -103,63 +146,42 @@ def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Ar
 
     Every device looks up its own features of all tokens and changes them for all features of its own: the table stays where it is.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return table[tokens]
-    tokens = jax.lax.with_sharding_constraint(tokens, PartitionSpec())
-    return split_samples(jax.lax.with_sharding_constraint(table[tokens], PartitionSpec(None, None, "fsdp")))
+    return placed(placed(table[placed(tokens)], None, "text tokens", "embedding"), "samples")
 
 
 def sequence_size() -> int:
     """Within a program: how many devices share the tokens of a sample; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["sequence"]
+    return 1 if mesh.empty else mesh.shape[SEQUENCE]
 
 
-def split_tokens(x: Float[Array, "B L D"], *axes: str) -> Float[Array, "B L D"]:
-    """Within a program: the same, with samples split over the axes of a batch and tokens over `axes`, `tensor` only where it divides them.
-
-    Products take a stream's tokens whole over `tensor`, which splits their heads and hidden units. Norms and sums between them have no
-    such side, so there tokens are split over `tensor` too: Korthikanti et al. 2022 (sequence parallelism).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    if "tensor" in axes and x.shape[1] % math.prod(mesh.shape[axis] for axis in axes):
-        axes = tuple(axis for axis in axes if axis != "tensor")
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, axes))
-
-
-def as_multiplied(kernel: Float[Array, "K N"], name: str) -> Float[Array, "K N"]:
-    """Within a program: the kernel of the layer `name`, gathered over `fsdp` and split over `tensor` as the table says.
+def as_multiplied(kernel: Float[Array, "K N"], path: str) -> Float[Array, "K N"]:
+    """Within a program: the kernel of the layer at `path`, gathered over `fsdp` and split over `tensor` as the table says.
 
     Said of every kernel, since a compiler that may choose moves activations to weights, and XLA's has chosen wrong sums.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel
-    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*_split_sides(kernel, name)))
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*_split_sides(kernel, path)))
 
 
-def as_product(out: Float[Array, "B L N"], kernel: Float[Array, "K N"], name: str) -> Float[Array, "B L N"]:
+def as_product(out: Float[Array, "B L N"], kernel: Float[Array, "K N"], path: str) -> Float[Array, "B L N"]:
     """Within a program: what tokens times that kernel are, its features split over `tensor` where the kernel's are.
 
     Said for the way back: the gradient of it comes from tokens that are split over `tensor`, and must change sides before the product.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["tensor"] == 1 or _split_sides(kernel, name)[-1] is None:
+    if mesh.empty or mesh.shape["tensor"] == 1 or _split_sides(kernel, path)[-1] is None:
         return out
     free = PartitionSpec.UNCONSTRAINED
-    return jax.lax.with_sharding_constraint(out, PartitionSpec(*[free] * (out.ndim - 1), "tensor"))
+    return jax.lax.with_sharding_constraint(out, PartitionSpec(*[free] * (out.ndim - 1), *spec("hidden units")))
 
 
-def _split_sides(kernel: Array, name: str) -> list[str | None]:
+def _split_sides(kernel: Array, path: str) -> list[str | None]:
     """The axis `tensor` on the side of a layer's kernel that it splits."""
-    size_of = jax.sharding.get_abstract_mesh().shape
-    try:
-        axes = rule_for(f"{name}/kernel", kernel.shape)
-    except KeyError:  # a name that says nothing without its place
-        axes = (None,) * kernel.ndim
-    return ["tensor" if axis == "tensor" and size % size_of["tensor"] == 0 else None for axis, size in zip(axes, kernel.shape, strict=True)]
+    axes = param_axes(f"{path}/kernel", kernel.shape, jax.sharding.get_abstract_mesh().shape)
+    return [axis if axis == "tensor" else None for axis in axes]
 
 
 def gathered(params: Any) -> Any:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from hunyuan_jax.parallel.sharding import BATCH_AXES
+from hunyuan_jax.parallel.mesh import SEQUENCE
+from hunyuan_jax.parallel.sharding import BATCH_AXES, spec
 
-AXIS = "sequence"
-OWN_ROWS = P(BATCH_AXES, None, AXIS)
+OWN_ROWS = spec("samples", "frames", "rows")
 Edges = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -50,7 +50,7 @@ def among_all_rows(
         return attend(q, k, v)
 
     def on_one(q: Float[Array, "b T h W C"], *kv: Float[Array, "b T h W C"]) -> Float[Array, "b T h W C"]:
-        return attend(q, *(jax.lax.all_gather(x, AXIS, axis=2, tiled=True) for x in kv))
+        return attend(q, *(jax.lax.all_gather(x, SEQUENCE, axis=2, tiled=True) for x in kv))
 
     return jax.shard_map(on_one, in_specs=(OWN_ROWS,) * 3, out_specs=OWN_ROWS, check_vma=False)(q, k, v)
 
@@ -58,7 +58,7 @@ def among_all_rows(
 def _own_rows(x: Float[Array, "B T H W C"]) -> int | None:
     """How many rows each device has; None without a mesh, and where samples or rows do not divide by it."""
     mesh = jax.sharding.get_abstract_mesh()
-    samples, parts = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES), mesh.shape.get(AXIS, 1)
+    samples, parts = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES), mesh.shape.get(SEQUENCE, 1)
     return None if samples * parts == 1 or len(x) % samples or x.shape[2] % parts else x.shape[2] // parts
 
 
@@ -68,17 +68,17 @@ def _repeat(x: Array, *edges: tuple[int, int]) -> Array:
 
 def _with_neighbours(x: Float[Array, "b T h W C"], edges: tuple[int, int]) -> Float[Array, "b T h2 W C"]:
     """A device's rows, after the last ones of the device before and before the first ones of the next; at the ends, repeated ones."""
-    if jax.lax.axis_size(AXIS) == 1:
+    if jax.lax.axis_size(SEQUENCE) == 1:
         return _repeat(x, (0, 0), edges, (0, 0))
     before, after = edges
-    size, here = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    size, here = jax.lax.axis_size(SEQUENCE), jax.lax.axis_index(SEQUENCE)
     down = [(rank, rank + 1) for rank in range(size - 1)]
     up = [(to, rank) for rank, to in down]
     parts = [x]
     if before:
-        theirs = jax.lax.ppermute(x[:, :, -before:], AXIS, down)
+        theirs = jax.lax.ppermute(x[:, :, -before:], SEQUENCE, down)
         parts.insert(0, jnp.where(here == 0, jnp.repeat(x[:, :, :1], before, axis=2), theirs))
     if after:
-        theirs = jax.lax.ppermute(x[:, :, :after], AXIS, up)
+        theirs = jax.lax.ppermute(x[:, :, :after], SEQUENCE, up)
         parts.append(jnp.where(here == size - 1, jnp.repeat(x[:, :, -1:], after, axis=2), theirs))
     return jnp.concatenate(parts, axis=2)

@@ -29,7 +29,7 @@ from hunyuan_jax.lpips_weights import load_lpips
 from hunyuan_jax.models import critics
 from hunyuan_jax.models.vae import VAE, Posterior, VAEConfig
 from hunyuan_jax.models.vae_tiling import Method, Tiling, in_tiles
-from hunyuan_jax.parallel.sharding import gathered, split_rows, split_samples
+from hunyuan_jax.parallel.sharding import gathered, placed, split_rows
 from hunyuan_jax.settings import build
 from hunyuan_jax.tasks.critic import CriticConfig, Gradients, lesson, opinion
 from hunyuan_jax.tasks.task import Params, normal_like, sample_keys
@@ -191,7 +191,7 @@ class VAETask:
             return code(x)
         assert self.tiling is not None
         # Tiles are cut from, and joined to, whole rows: their edges are not those between devices.
-        return split_rows(in_tiles(self.model, method, lambda tile: split_samples(code(tile)), split_samples(x), self.tiling))
+        return split_rows(in_tiles(self.model, method, lambda tile: placed(code(tile), "samples"), placed(x, "samples"), self.tiling))
 
     def also_in_whole(self, batch: VideoBatch) -> bool:
         """Whether a batch goes through the VAE a second time, to weigh its seams."""
