@@ -43,8 +43,7 @@ from hunyuan_jax.hlo import Exchange, Program
 from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.compiler_options import step_options
-from hunyuan_jax.parallel.context_attention import degree_of
-from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
+from hunyuan_jax.parallel.mesh import SEQUENCE, MeshConfig, axis_sizes, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding, rule_for
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.state import abstract_state
@@ -54,6 +53,9 @@ from hunyuan_jax.train import LoopConfig
 from hunyuan_jax.train_step import EmaConfig, TrainState, configured_step, init_critic_state, init_state, make_step
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+# Slices that Google Cloud has; in three dimensions, also all whose sides are multiples of 4.
+_FLAT, _CUBES = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)), ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+SLICES: dict[str, tuple[tuple[int, ...], ...]] = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _CUBES, "tpu7x": _CUBES}
 GPUS = ("a100", "h100", "h100pcie", "h200")
 LIBTPU = "libtpu==0.0.42.1"  # of the jax that is pinned
 # Shares of the peak: dense products, and the products in attention's kernels. Assumptions, to be replaced by measurements.
@@ -160,10 +162,28 @@ def target(topology: str) -> tuple[Chip, list[Any]]:
         raise UserError(f"Compiling for {name} takes the TPU compiler: pip install {LIBTPU}")
     # There is no TPU to ask about, and several compilations may run beside each other.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    _check_slice(name, shape)
     try:
         return chip, list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except Exception as error:
         raise UserError(f"--topology={topology} is none that the compiler knows: {str(error).splitlines()[0]}") from error
+
+
+def _check_slice(name: str, shape: str) -> None:
+    """Raises `UserError` where TPUs of that name do not come in slices of that shape; it names the nearest that is."""
+    small = SLICES[name]
+    dimensions = len(small[0])
+    if not re.fullmatch(r"[1-9]\d{0,3}" + r"x[1-9]\d{0,3}" * (dimensions - 1), shape):
+        example = "x".join("4" * dimensions)
+        raise UserError(f"--topology={name}:{shape}: slices of {name} have {dimensions} dimensions; write {name}:{example}.")
+    asked = sorted(map(int, shape.split("x")))
+    around = itertools.product(*(sorted({max(4, n // 4 * 4), -(-n // 4) * 4}) for n in asked))
+    known = [*small, *(around if dimensions == 3 else ())]
+    if asked not in map(sorted, known):
+        close = min(known, key=lambda sizes: sum(abs(math.log(a / b)) for a, b in zip(asked, sorted(sizes), strict=True)))
+        raise UserError(
+            f"--topology={name}:{shape}: {name} has no slices of that shape; the nearest is {name}:{'x'.join(map(str, close))}."
+        )
 
 
 def change(config: ConfigDict, setting: str) -> None:
@@ -240,10 +260,10 @@ def state_bytes(shapes: TrainState, mesh: Mapping[str, int]) -> tuple[float, flo
 def pairs_seen(config: DiTConfig, tokens: int, num_txt: int, mesh: Mapping[str, int], *, blocks: bool) -> int:
     """Pairs of a query and a key in one sample's attention, over all devices that share it; in `blocks`, those that fill them up included.
 
-    Text is everywhere: in a ring, every part of it computes the text's attention to itself. Raises `UserError` as `degree_of` does.
+    Text is everywhere: in a ring, every part of it computes the text's attention to itself. Raises `UserError` as `config.degree_on` does.
     """
     seen = filled_up if blocks else lambda count: count
-    devices, degree = mesh["sequence"], degree_of(config.context, config.num_heads, mesh)
+    devices, degree = mesh[SEQUENCE], config.degree_on(mesh)
     if devices == 1:
         return seen(tokens + num_txt) ** 2
     parts = devices // degree

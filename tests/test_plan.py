@@ -114,7 +114,11 @@ def test_what_fills_up_the_blocks_of_a_tpus_kernels_is_counted():
     [
         ((), "v5q:4x4", r"'v5q' is not known. Did you mean 'v5p'"),
         ((), "h100:", r"write the number of GPUs after the colon, such as h100:64"),
-        (("mesh.sequence=3",), "h100:128", r"does not fit 128 devices; the axes must multiply to 128"),
+        ((), "v5p:4x4x9", r"v5p has no slices of that shape; the nearest is v5p:4x4x8"),
+        ((), "v6e:4x4x4", r"slices of v6e have 2 dimensions; write v6e:4x4"),
+        ((), "v5p:1x1x1", r"the nearest is v5p:2x2x1"),
+        (("mesh.sequence=3",), "h100:128", r"does not fit 128 devices, .*nearest that does is data=1, fsdp=32, sequence=4, tensor=1"),
+        (("model.context=heads", "model.context_degree=16", "mesh.sequence=16"), "h100:128", r"24 heads .*; the nearest that does is 8,"),
         (("mesh.sequence=1",), "h100:128", r"a batch of 32 cannot be spread over .*mesh.fsdp=128; let these be 32 in all"),
         (("mesh.tensor=16", "mesh.sequence=1"), "h100:128", r"mesh.tensor=16 does not divide the 24 heads; set it to one of 1, 2, 3"),
         (("mesh.sequenc=4",), "h100:128", r"the config has no 'mesh.sequenc'"),
