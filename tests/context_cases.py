@@ -1,10 +1,12 @@
 """A DiT on every mesh against one device: `python -m tests.context_cases [--cases 200] [--seed 0] [--jobs 1]`, on 8 simulated devices.
 
-A case is a random small model (heads, blocks, text and image sizes, guidance, clean frames, recomputation), a random batch with texts
-from empty to full, a mesh whose axes multiply to 8, and a way to share tokens. Loss and gradients must be those of one device.
+A case is a random small model (heads, guidance, clean frames, recomputation), a random batch of prime or odd numbers of tokens, with texts
+from empty to full, a way to share tokens, a kernel, and the next of all meshes whose axes multiply to 8. Loss and gradients must be those
+of one device, which has the reference kernel.
 """
 
 import argparse
+import dataclasses
 import itertools
 import multiprocessing
 import time
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.dit import DiT, DiTConfig
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import param_shardings
@@ -31,19 +34,39 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def difference(rng: np.random.Generator) -> tuple[str, float]:
-    """A random case in words, and the largest relative difference of its loss or of a gradient from one device's."""
-    sizes = MESHES[rng.integers(len(MESHES))]
-    mesh = make_mesh(MeshConfig(**dict(zip(AXES, map(int, sizes), strict=True))))
+def random_model(rng: np.random.Generator, mesh: jax.sharding.Mesh) -> DiTConfig:
+    """A model that can be on this mesh, most often with some way of sharing heads."""
     tensor = mesh.shape["tensor"]
     heads = tensor * int(rng.integers(1, 1 + max(1, 8 // tensor)))
-    config = DiTConfig(
+    ring = DiTConfig(
         width=12 * heads, num_heads=heads, rope_axes=(4, 4, 4), text_dim=5, pooled_dim=3, in_channels=2, out_channels=2, mlp_ratio=2.0,
         num_double_blocks=1, num_single_blocks=1, num_refiner_blocks=1, guidance_embed=bool(rng.integers(2)),
-        remat=("none", "full")[rng.integers(2)], context=("ring", "heads")[rng.integers(2)],
+        remat=("none", "attention", "full")[rng.integers(3)], attention=("reference", "splash")[rng.integers(2)],
     )  # fmt: skip
-    batch, txt = int(rng.integers(1, 6)), int(rng.integers(1, 8))
-    grid = tuple(int(n) for n in rng.integers(1, 6, 3))
+    wanted = [dataclasses.replace(ring, context="heads", context_degree=int(degree)) for degree in rng.permutation((0, 2, 4, 8))]
+    return next((config for config in wanted if rng.integers(2) and _is_possible(config, mesh)), ring)
+
+
+def _is_possible(config: DiTConfig, mesh: jax.sharding.Mesh) -> bool:
+    try:
+        config.degree_on(mesh.shape)
+    except UserError:
+        return False
+    return True
+
+
+def random_grid(rng: np.random.Generator) -> tuple[int, ...]:
+    """Frames, rows and columns of tokens: odd ones, or a prime number of them in a line."""
+    if rng.integers(2):
+        return tuple(int(n) for n in rng.choice((1, 3, 5), 3))
+    return tuple(int(n) for n in rng.permutation((1, 1, rng.choice((2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)))))
+
+
+def difference(rng: np.random.Generator, sizes: tuple[int, ...]) -> tuple[str, float]:
+    """A random case on a mesh in words, and the largest relative difference of its loss or of a gradient from one device's."""
+    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+    config, grid = random_model(rng, mesh), random_grid(rng)
+    batch, txt = int(rng.integers(1, 6)), int(rng.choice((1, 2, 3, 5, 7)))
     latents = rng.normal(size=(batch, grid[0], 2 * grid[1], 2 * grid[2], 2))
     lengths = rng.integers(0, txt + 1, batch)
     mask = np.arange(txt) < lengths[:, None]
@@ -55,20 +78,21 @@ def difference(rng: np.random.Generator) -> tuple[str, float]:
     params = jax.tree.map(lambda leaf: _draw(rng, leaf.shape), shapes)
     target = rng.normal(size=latents.shape).astype(np.float32)
 
-    def loss(params, *inputs):
+    def loss(config, params, *inputs):
         return jnp.mean(jnp.square(DiT(config).apply({"params": params}, *inputs, guidance, clean_frames=clean) - target))
 
-    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3)))
-    whole = run(params, *inputs)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 4)), static_argnums=0)
+    whole = run(dataclasses.replace(config, attention="reference"), params, *inputs)
     with jax.set_mesh(mesh):
-        split = run(jax.device_put(params, param_shardings(shapes, mesh)), *inputs)
+        split = run(config, jax.device_put(params, param_shardings(shapes, mesh)), *inputs)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(whole[1]))
     worst = abs(float(split[0]) - float(whole[0])) / abs(float(whole[0]))
     for one, other in zip(jax.tree.leaves(whole[1]), jax.tree.leaves(split[1]), strict=True):
         scale = max(float(np.abs(one).max()), 0.1 * largest)
         worst = max(worst, float(np.abs(np.asarray(one) - np.asarray(other)).max()) / scale)
     shape = "x".join(map(str, sizes))
-    said = f"mesh {shape}, {config.context}, {heads} heads, batch {batch}, image {np.prod(grid)}, text {txt} {lengths.tolist()}"
+    way = f"{config.context} {config.degree_on(mesh.shape)}, {config.attention}, {config.remat}"
+    said = f"mesh {shape}, {way}, {config.num_heads} heads, batch {batch}, image {np.prod(grid)}, text {txt} {lengths.tolist()}"
     return said, worst
 
 
@@ -86,7 +110,7 @@ def _prepare() -> None:
 
 def _case(seed: int, number: int) -> tuple[str, float]:
     jax.clear_caches()  # two hundred pairs of programs are more than is to be held
-    return difference(np.random.default_rng((seed, number)))
+    return difference(np.random.default_rng((seed, number)), MESHES[(seed + 7 * number) % len(MESHES)])
 
 
 def main() -> None:
