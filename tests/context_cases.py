@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.dit import DiT, DiTConfig
@@ -85,6 +86,7 @@ def difference(rng: np.random.Generator, sizes: tuple[int, ...]) -> tuple[str, f
     whole = run(dataclasses.replace(config, attention="reference"), params, *inputs)
     with jax.set_mesh(mesh):
         split = run(config, jax.device_put(params, param_shardings(shapes, mesh)), *inputs)
+    split = multihost_utils.process_allgather(split, tiled=True)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(whole[1]))
     worst = abs(float(split[0]) - float(whole[0])) / abs(float(whole[0]))
     for one, other in zip(jax.tree.leaves(whole[1]), jax.tree.leaves(split[1]), strict=True):

@@ -2,8 +2,9 @@
 
 python -m tests.several_processes WHAT
 
-`share` adds numbers over all devices and reads batches onto meshes; `mistake` is a command that fails on process 1 with the others in the
-middle of a sum. Of `stopped` process 1 stands still there, and of `killed` process 0 ends, without a word.
+`share` adds numbers over all devices and reads batches onto meshes; `equal` computes loss and gradients of a model whose tokens and heads
+are split over the processes; `mistake` is a command that fails on process 1 with the others in the middle of a sum. Of `stopped` process 1
+stands still there, and of `killed` process 0 ends, without a word.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from hunyuan_jax.errors import UserError, run_command
 from hunyuan_jax.parallel import distributed, lifeline
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding
+from tests import context_cases
 
 BUCKETS = (Bucket(frames=1, height=8, width=8, batch=4, share=1.0), Bucket(frames=1, height=8, width=8, batch=8, share=1.0))
 
@@ -85,10 +87,21 @@ def share(folder: str) -> None:
     print(f"process {jax.process_index()} is content", flush=True)
 
 
+def equal() -> None:
+    """On four devices: of two processes, a ring between pairs that share heads; of four, two pairs that do, with `tensor` between them."""
+    assert jax.device_count() == 4
+    seed, sizes = {2: (5, (1, 1, 4, 1)), 4: (6, (1, 1, 2, 2))}[jax.process_count()]
+    said, error = context_cases.difference(np.random.default_rng(seed), sizes)
+    assert error <= context_cases.LIMIT, (said, error)
+    print(f"process {jax.process_index()}: {error:.1e}  {said}", flush=True)
+
+
 def main(argv: list[str]) -> None:
     what = argv[1]
-    lifeline.SILENT_SECONDS = 4
+    lifeline.SILENT_SECONDS = 60 if what == "equal" else 4
     distributed.initialize()
+    if what == "equal":
+        return equal()
     if what == "share":
         with tempfile.TemporaryDirectory() as folder:
             return share(folder)

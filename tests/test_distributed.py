@@ -332,6 +332,16 @@ def test_processes_add_over_all_devices_and_read_the_rows_that_their_devices_hol
     assert all(f"process {n} is content" in done.stdout for n in (0, 1))
 
 
+@pytest.mark.parametrize(("processes", "case"), [(2, "1x1x4x1, heads 2"), (4, "1x1x2x2, heads 2")])
+def test_processes_that_share_tokens_and_heads_find_the_loss_and_gradients_of_one_device(processes, case):
+    devices = str(4 // processes)
+    done = run_local(sys.executable, "-m", "tests.several_processes", "equal", processes=processes, JAX_NUM_CPU_DEVICES=devices)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for n in range(processes):
+        (said,) = [line for line in done.stdout.splitlines() if line.startswith(f"process {n}: ")]
+        assert case in said
+
+
 def test_a_process_that_fails_ends_with_its_code_and_takes_the_others_along():
     done = run_local(sys.executable, "-m", "tests.several_processes", "mistake")
     assert done.returncode == 2, done.stderr[-3000:]
