@@ -13,14 +13,17 @@ that are computed again, scores again for their gradients (five products for fou
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from hunyuan_jax.models.dit import REFINER_MLP_RATIO, DiTConfig
 from hunyuan_jax.models.layers import SINUSOID_FEATURES
+from hunyuan_jax.models.vae import CAUSAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +70,19 @@ def dit_step_flops(config: DiTConfig, num_img: int, num_txt: int, *, filled: flo
     return StepFlops(3.0 * forward, (3.0 + again) * (forward - attention) + hardware_attention, hardware_attention)
 
 
-def product_flops(function: Callable[..., Any], *arguments: Any) -> int:
+def product_flops(function: Callable[..., Any], *arguments: Any, needed: bool = False) -> float:
     """FLOPs of a function's products and convolutions, those of a loop as often as it repeats them; of arguments the shapes suffice.
 
-    It is traced, not compiled. Of a loop that ends when it will, and of a branch, what stands there counts once.
+    It is traced, not compiled, and what no result depends on is left out. Of a loop that ends when it will, and of a branch, what stands
+    there counts once; but blocks of causal attention as often as they are met, or with `needed` the pairs in them that are seen.
     """
-    return _products(jax.make_jaxpr(function)(*arguments).jaxpr)
+    traced = jax.make_jaxpr(function)(*arguments).jaxpr
+    live, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return _products(live, needed=needed)
 
 
-def _products(jaxpr: core.Jaxpr) -> int:
-    total = 0
+def _products(jaxpr: core.Jaxpr, *, needed: bool) -> float:
+    total = 0.0
     shape_of: Callable[[Any], tuple[int, ...]] = lambda variable: variable.aval.shape  # noqa: E731
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -89,8 +95,15 @@ def _products(jaxpr: core.Jaxpr) -> int:
             total += 2 * math.prod(shape_of(equation.outvars[0])) * math.prod(kernel) // kernel[outputs]
         inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr))
         programs = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in inner]
-        total += equation.params.get("length", 1) * sum(_products(p) for p in programs if isinstance(p, core.Jaxpr))
+        times = equation.params.get("length", 1) * (_share(equation, needed=needed) if equation.primitive.name == "cond" else 1.0)
+        total += times * sum(_products(p, needed=needed) for p in programs if isinstance(p, core.Jaxpr))
     return total
+
+
+def _share(branch: core.JaxprEqn, *, needed: bool) -> float:
+    """How often a branch is taken, or with `needed` how much of it is, where `models.vae.causal_scope` says so; else 1."""
+    seen_and_met = re.search(rf"{CAUSAL}_([\d.]+)_([\d.]+)", str(branch.source_info.name_stack))
+    return float(seen_and_met[1 if needed else 2]) if seen_and_met else 1.0
 
 
 def _layer(width: int, hidden: int) -> int:

@@ -38,7 +38,7 @@ from hunyuan_jax.chips import Chip, chip_named
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket, sample_cost, token_count
 from hunyuan_jax.errors import UserError, nearest, run_command
-from hunyuan_jax.flops import StepFlops, dit_step_flops
+from hunyuan_jax.flops import StepFlops, dit_step_flops, product_flops
 from hunyuan_jax.hlo import Exchange, Program
 from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
@@ -427,7 +427,7 @@ def make_plan(
     if not isinstance(task.model, DiTConfig):
         if chip.name in GPUS or not compiles:
             raise UserError("Arithmetic knows the DiT alone; plan a VAE for a TPU topology, which is compiled.")
-        tokens, flops = math.prod(bucket.shape), counted_flops(config, bucket)
+        tokens, flops = math.prod(bucket.shape), traced_flops(config, task, bucket)
         exchanges: list[Exchange] = []
         memory = Memory(*state[:3], 0.0, 0.0)
     else:
@@ -457,26 +457,14 @@ def make_plan(
     return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels, bound)
 
 
-def counted_flops(config: ConfigDict, bucket: Bucket) -> StepFlops:
-    """FLOPs of a step as XLA counts them before it optimizes, which counts loops once, those of the VAE's attention among them.
-
-    What the model takes is without recomputation.
-    """
-
-    def count(remat: str) -> float:
-        changed = ConfigDict(config.to_dict())
-        changed.model.remat = remat
-        task = planned_task(changed)
-        optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
-        mesh = make_mesh(MeshConfig(data=1), jax.devices("cpu")[:1])
-        step = make_step(task, optimizer, ema=EmaConfig(), key=jax.random.key(0))
-        one = dataclasses.replace(bucket, batch=1)
-        lowered = jax.jit(step).lower(abstract_state(task, optimizer, mesh), batch_shapes(task, one, mesh))
-        return bucket.batch * float((lowered.cost_analysis() or {})["flops"])
-
-    model = count("none")
-    hardware = model if config.model.remat == "none" else count(config.model.remat)
-    return StepFlops(model, hardware, 0.0)
+def traced_flops(config: ConfigDict, task: Task, bucket: Bucket) -> StepFlops:
+    """FLOPs of a step's products, of which the model takes what `Task.work` says: the critic's and LPIPS's are not the model's."""
+    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices("cpu")[:1])
+    step = make_step(task, optimizer, ema=EmaConfig(), key=jax.random.key(0))
+    sample = batch_shapes(task, dataclasses.replace(bucket, batch=1), mesh)
+    hardware = product_flops(step, abstract_state(task, optimizer, mesh), sample)
+    return StepFlops(bucket.batch * task.work(sample)["model_flops"], bucket.batch * hardware, 0.0)
 
 
 # --- Search --------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Laws of the FLOP count: it is what the traced model multiplies, near what the compiler counts, and the published size at 13B."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import quickstart, t2v_13b
@@ -11,6 +13,7 @@ from hunyuan_jax.chips import peak_flops
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.flops import dit_forward_flops, product_flops
 from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.models.vae import frame_causal_attention
 from hunyuan_jax.models.vae_tiling import Tiling
 from hunyuan_jax.tasks import planned_task
 
@@ -92,6 +95,30 @@ def test_convolutions_and_loops_are_counted_as_often_as_they_multiply():
         f, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
     )
     assert product_flops(grouped, frames, kernel[:, :, :2]) == 2 * (2 * 7 * 9 * 6) * (3 * 5 * 2)
+
+
+@pytest.mark.parametrize(
+    ("frames", "frame_size", "block", "asked"), [(3, 5, 4, 15), (5, 8, 4, 40), (4, 6, 6, 8), (1, 7, 3, 7), (2, 4, 64, 8)]
+)
+def test_causal_attention_counts_the_blocks_that_it_meets_or_the_pairs_that_are_seen(frames, frame_size, block, asked):
+    """Pairs by a mask; queries may be a share of each frame's. Both passes of a gradient meet the same blocks."""
+    length, channels, block = frames * frame_size, 6, min(block, asked)
+    arrays = jnp.zeros((2, asked, channels)), jnp.zeros((2, length, channels)), jnp.zeros((2, length, channels))
+    frame_of = lambda count: np.arange(-(-count // block) * block) * frames // count  # noqa: E731
+    whole = frame_of(length) <= frame_of(asked)[:, None]
+    seen = whole[:asked, :length]
+    met = block**2 * whole.reshape(len(whole) // block, block, -1, block).any(axis=(1, 3))
+    attend = functools.partial(frame_causal_attention, frame_size=frame_size, block=block)
+    assert product_flops(attend, *arrays, needed=True) == pytest.approx(2 * 4 * channels * seen.sum(), rel=1e-4)
+    assert product_flops(attend, *arrays) == pytest.approx(2 * 4 * channels * met.sum(), rel=1e-4)
+    gradient = jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))
+    ratio = product_flops(gradient, *arrays) / product_flops(gradient, *arrays, needed=True)
+    assert ratio == pytest.approx(met.sum() / seen.sum(), rel=1e-4)
+
+
+def test_products_that_nothing_depends_on_are_not_counted():
+    x = jnp.zeros((3, 3))
+    assert product_flops(lambda x: (x @ x, x @ (x + 1))[0], x) == 2 * 27
 
 
 def test_the_work_of_a_step_is_that_of_its_batch():

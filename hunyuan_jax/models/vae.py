@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.parallel.shared_rows import Edges, among_all_rows, convolve_with_edges
 
+CAUSAL = "causal"  # how the name begins under which attention meets blocks of keys, see `causal_scope`
 ATTENTION_BLOCK = 1024  # positions whose scores are held at a time, as queries and as keys; a frame of 256 x 256 pixels has as many
 
 
@@ -207,6 +208,19 @@ class ResBlock(nn.Module):
         return x + h
 
 
+def causal_scope(asked: int, length: int, *, frame_size: int, block: int) -> str:
+    """The name under which attention meets blocks of keys: which share of all pairs of a query and a key is seen, and which is met.
+
+    All pairs are those of whole blocks. A trace says no more of a branch than that it may be taken; flops.py reads it here.
+    """
+    of_queries, frames = frame_size * asked // length, length // frame_size
+    last_query = np.arange(block - 1, asked + block - 1, block) // of_queries  # frames of each block's
+    first_key = np.arange(0, length, block) // frame_size
+    met = first_key <= last_query[:, None]
+    seen = of_queries * frame_size * frames * (frames + 1) / 2
+    return f"{CAUSAL}_{seen / (met.size * block**2):.6f}_{met.mean():.6f}"
+
+
 def frame_causal_attention(
     q: Float[Array, "B M C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, frame_size: int, block: int = ATTENTION_BLOCK
 ) -> Float[Array, "B M C"]:
@@ -220,6 +234,7 @@ def frame_causal_attention(
     asked = q.shape[1]
     of_queries = frame_size * asked // length
     block = min(block, asked)
+    scope = causal_scope(asked, length, frame_size=frame_size, block=block)
 
     def blocks(x: Float[Array, "B L C"]) -> Float[Array, "N B l C"]:
         count = -(-x.shape[1] // block)
@@ -251,7 +266,8 @@ def frame_causal_attention(
         def step(state: Any, xs: tuple[Array, Array, Array]) -> tuple[Any, None]:
             keys, values, start = xs
             ahead = start // frame_size > frame_of_query[-1]
-            return jax.lax.cond(ahead, lambda state, *_: state, meet, state, keys, values, start), None
+            with jax.named_scope(scope):
+                return jax.lax.cond(ahead, lambda state, *_: state, meet, state, keys, values, start), None
 
         state = functools.partial(jnp.full, dtype=jnp.float32)
         nothing = state((batch, block, channels), 0.0), state((batch, block), 0.0), state((batch, block), -jnp.inf)

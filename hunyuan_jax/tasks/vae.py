@@ -293,7 +293,7 @@ class VAETask:
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # the whole clip, not a device's part
             params = jax.eval_shape(self.init, jax.random.key(0))
             forward = sum(
-                product_flops(functools.partial(self.reconstruct, tiled=tiled), params, clip)
+                product_flops(functools.partial(self.reconstruct, tiled=tiled), params, clip, needed=True)
                 for tiled in ((True, False) if self.also_in_whole(batch) else (batch.tiled,))
             )
         return {"frames": samples * frames, "model_flops": 3.0 * samples * forward}
