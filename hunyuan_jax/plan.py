@@ -14,6 +14,7 @@ no slow host, and not what the way to the host's memory takes where something is
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -30,27 +31,22 @@ from typing import Any
 import jax
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from hunyuan_jax.attention_kernels import filled_up
 from hunyuan_jax.chips import Chip, chip_named
-from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket, sample_cost, token_count
 from hunyuan_jax.errors import UserError, nearest, run_command
-from hunyuan_jax.flops import StepFlops, dit_step_flops, product_flops
+from hunyuan_jax.estimate import Memory, batch_shapes, estimate
+from hunyuan_jax.flops import StepFlops
 from hunyuan_jax.hlo import Exchange, Program
-from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.compiler_options import step_options
-from hunyuan_jax.parallel.mesh import SEQUENCE, MeshConfig, axis_sizes, make_mesh
-from hunyuan_jax.parallel.sharding import batch_sharding, rule_for
+from hunyuan_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
 from hunyuan_jax.settings import build, parse_flags
 from hunyuan_jax.state import abstract_state
 from hunyuan_jax.tasks import planned_task
-from hunyuan_jax.tasks.task import Task
 from hunyuan_jax.train import LoopConfig
-from hunyuan_jax.train_step import EmaConfig, TrainState, configured_step, init_critic_state, init_state, make_step
+from hunyuan_jax.train_step import EmaConfig, configured_step
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 # Slices that Google Cloud has; in three dimensions, also all whose sides are multiples of 4.
@@ -61,31 +57,13 @@ LIBTPU = "libtpu==0.0.42.1"  # of the jax that is pinned
 # Shares of the peak: dense products, and the products in attention's kernels. Assumptions, to be replaced by measurements.
 EFFICIENCY = {"products": 0.8, "attention": 0.55}
 ROOM = 0.85  # of the memory, that a step may fill
-# Arithmetic alone: widths of a token's vector that a block keeps for the backward pass, and that one block needs while it works.
-KEPT_WIDTHS = {"none": 34.0, "attention": 2.0, "attention_host": 1.0, "full": 1.0}
-WORKING_WIDTHS = 110.0
 # To compile in a third of the time, without costly passes and with no more vector memory than the compiler takes by itself, since more is
 # more to try; memory is then an upper bound, and fewer exchanges are hidden. With them the hundreds of convolutions of a VAE's step take
 # hours.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, and in the memory of its host."""
-
-    parameters: float
-    optimizer: float
-    average: float
-    activations: float  # temporaries of the step: kept activations, gradients, gathered parameters
-    host: float
-
-    @property
-    def total(self) -> float:
-        return self.parameters + self.optimizer + self.average + self.activations
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """All that is known of a step before it runs. Rates are of the whole pod."""
 
@@ -148,8 +126,8 @@ class Plan:
 # --- What is asked for ---------------------------------------------------------------------------------------------------------
 
 
-def target(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip and the devices of a topology: those of a TPU's, such as v5p:4x4x8; for GPUs, such as h100:64, as many Nones."""
+def target(topology: str) -> tuple[Chip, int]:
+    """The chip and the number of devices of a topology: a slice of TPUs, such as v5p:4x4x8, or GPUs, such as h100:64."""
     name, _, shape = topology.partition(":")
     if name not in (*TPUS, *GPUS):
         raise UserError(f"--topology={topology}: {name!r} is not known. {nearest(name, [*TPUS, *GPUS])} Write v5p:4x4x8 or h100:64.")
@@ -157,16 +135,18 @@ def target(topology: str) -> tuple[Chip, list[Any]]:
     if name in GPUS:
         if not re.fullmatch(r"[1-9]\d*", shape):
             raise UserError(f"--topology={topology}: write the number of GPUs after the colon, such as {name}:64.")
-        return chip, [None] * int(shape)
+        return chip, int(shape)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"Compiling for {name} takes the TPU compiler: pip install {LIBTPU}")
+    _check_slice(name, shape)
+    return chip, chip.devices * math.prod(map(int, shape.split("x")))
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a slice of TPUs that need not be attached, for compiling. To be called before anything else of libtpu's."""
     # There is no TPU to ask about, and several compilations may run beside each other.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    _check_slice(name, shape)
-    try:
-        return chip, list(topologies.get_topology_desc(topology, platform="tpu").devices)
-    except Exception as error:
-        raise UserError(f"--topology={topology} is none that the compiler knows: {str(error).splitlines()[0]}") from error
+    return list(topologies.get_topology_desc(topology, platform="tpu").devices)
 
 
 def _check_slice(name: str, shape: str) -> None:
@@ -197,9 +177,16 @@ def change(config: ConfigDict, setting: str) -> None:
         raise UserError(f"--set {setting}: the config has no {name!r}; write SECTION.KEY=VALUE, such as mesh.sequence=8.")
     old = section[key]
     try:
-        section[key] = {"true": True, "false": False}[text.lower()] if isinstance(old, bool) else type(old)(text)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--set {setting}: {name} is {old!r}, a {type(old).__name__}, and {text!r} is none.") from error
+        section[key] = _like(old, text)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise UserError(f"--set {setting}: {name} is {old!r}, of type {type(old).__name__}, and {text!r} is not.") from error
+
+
+def _like(old: Any, text: str) -> Any:
+    """What a text says, in the type of what stands there; of several values, with commas between them, in that of the first."""
+    if isinstance(old, tuple | list):
+        return type(old)(_like(old[0], part) for part in text.split(","))
+    return {"true": True, "false": False}[text.lower()] if isinstance(old, bool) else type(old)(text)
 
 
 def costliest(config: ConfigDict, name: str) -> Bucket:
@@ -225,89 +212,6 @@ def check_batch(bucket: Bucket, mesh: Mapping[str, int]) -> None:
         )
 
 
-# --- By arithmetic -------------------------------------------------------------------------------------------------------------
-
-
-def state_shapes(config: ConfigDict) -> TrainState:
-    """Shapes and dtypes of the training state, the same on every mesh."""
-    task, key = planned_task(config), jax.random.key(0)
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
-    return jax.eval_shape(lambda: init_state(task.init(key), optimizer, init_critic_state(task, key)))
-
-
-def state_bytes(shapes: TrainState, mesh: Mapping[str, int]) -> tuple[float, float, float, float]:
-    """Bytes on a device of parameters, of the optimizer and of the moving average, a critic's included; and of a whole checkpoint."""
-
-    def share(leaf: Any, axes: Sequence[str | None]) -> float:
-        parts = math.prod(mesh[axis] for axis, size in zip(axes, leaf.shape, strict=True) if axis and size % mesh[axis] == 0)
-        return leaf.size * leaf.dtype.itemsize / parts
-
-    def of(params: Any) -> float:
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        return sum(share(leaf, rule_for("/".join(str(k.key) for k in path), leaf.shape)) for path, leaf in leaves)
-
-    def whole(tree: Any) -> float:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    params, critic = of(shapes.params), of(shapes.critic.params) if shapes.critic else 0.0
-    # What an optimizer keeps of a parameter lies like the parameter.
-    kept = params * whole(shapes.opt_state) / whole(shapes.params)
-    if shapes.critic:
-        kept += critic * whole(shapes.critic.opt_state) / whole(shapes.critic.params)
-    return params + critic, kept, params, whole(shapes)
-
-
-def pairs_seen(config: DiTConfig, tokens: int, num_txt: int, mesh: Mapping[str, int], *, blocks: bool) -> int:
-    """Pairs of a query and a key in one sample's attention, over all devices that share it; in `blocks`, those that fill them up included.
-
-    Text is everywhere: in a ring, every part of it computes the text's attention to itself. Raises `UserError` as `config.degree_on` does.
-    """
-    seen = filled_up if blocks else lambda count: count
-    devices, degree = mesh[SEQUENCE], config.degree_on(mesh)
-    if devices == 1:
-        return seen(tokens + num_txt) ** 2
-    parts = devices // degree
-    image, txt = parts * seen(degree * -(-tokens // devices)), seen(num_txt)
-    return image**2 + 2 * image * txt + parts * txt**2
-
-
-def dit_flops(config: DiTConfig, bucket: Bucket, mesh: Mapping[str, int], num_txt: int, *, blocks: bool) -> tuple[int, StepFlops]:
-    """Image tokens of a sample, and the FLOPs of a batch."""
-    temporal, spatial = config.patch_size[0], config.patch_size[1]
-    tokens = token_count(*bucket.shape, temporal=4 * temporal, spatial=8 * spatial)
-    filled = pairs_seen(config, tokens, num_txt, mesh, blocks=blocks) / (tokens + num_txt) ** 2
-    one = dit_step_flops(config, tokens, num_txt, filled=filled)
-    return tokens, StepFlops(*(bucket.batch * value for value in dataclasses.astuple(one)))
-
-
-def arithmetic_memory(config: DiTConfig, tokens: int, samples: float, state: tuple[float, ...], mesh: Mapping[str, int]) -> Memory:
-    """An estimate: kept activations, the work of one block, and gradients beside the state."""
-    blocks = config.num_double_blocks + config.num_single_blocks
-    vectors = samples * tokens / mesh["sequence"] * config.width * 2.0 / mesh["tensor"]
-    kept = blocks * KEPT_WIDTHS[config.remat] * vectors
-    host = blocks * vectors if config.remat == "attention_host" else 0.0
-    params, optimizer, average, _ = state
-    return Memory(params, optimizer, average, kept + WORKING_WIDTHS * vectors + params, host)
-
-
-def arithmetic_exchanges(
-    config: DiTConfig, tokens: int, samples: float, whole_parameters: float, mesh: Mapping[str, int]
-) -> list[Exchange]:
-    """An estimate: parameters gathered twice and gradients summed, keys and values around the ring or by all-to-all, sums over heads."""
-    blocks = config.num_double_blocks + config.num_single_blocks
-    vectors = samples * tokens / mesh["sequence"] * config.width * 2.0 / mesh["tensor"]
-    found = []
-    parts = mesh["data"] * mesh["fsdp"]
-    if parts > 1:
-        found.append(Exchange("all-gather", ("data", "fsdp"), 4 * whole_parameters / 2 / mesh["tensor"], 1, True))
-    if (size := mesh["sequence"]) > 1:
-        moved = 6 * vectors * size if config.context == "ring" else 8 * vectors
-        found.append(Exchange("collective-permute", ("sequence",), moved, blocks, True))
-    if (size := mesh["tensor"]) > 1:
-        found.append(Exchange("all-reduce", ("tensor",), 8 * vectors * size * (size - 1) / size, blocks, False))
-    return found
-
-
 def roofline(chip: Chip, devices: int, flops: StepFlops, memory: Memory, exchanges: Sequence[Exchange]) -> dict[str, float]:
     """Seconds of a step by what takes them."""
     peak = chip.flops * devices
@@ -325,12 +229,6 @@ def roofline(chip: Chip, devices: int, flops: StepFlops, memory: Memory, exchang
 
 
 # --- By the compiler -----------------------------------------------------------------------------------------------------------
-
-
-def batch_shapes(task: Task, bucket: Bucket, mesh: Mesh) -> VideoBatch:
-    """A batch of the bucket, without memory, split as on the mesh."""
-    place = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), task.batch_shapes(bucket))
 
 
 def compile_step(config: ConfigDict, bucket: Bucket, devices: Sequence[Any], *, more: Mapping[str, Any] | None = None) -> Any:
@@ -361,22 +259,22 @@ class Compiled:
 def read_step(config: dict[str, Any], bucket: Bucket, topology: str, exact: bool) -> Compiled | float:
     """Compiles a step for a TPU topology; a number is the bytes that it needs of a device which has fewer."""
     jax.config.update("jax_platforms", "cpu")
-    _, devices = target(topology)
-    asked = ConfigDict(config)
+    asked, devices = ConfigDict(config), devices_of(topology)
     try:
         step = compile_step(asked, bucket, devices, more={} if exact else QUICKLY)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
-        return float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]] if needed else math.inf
+        if (needed := re.search(r"Used ([\d.]+)([GM]) of", str(error))) is None:
+            raise UserError(f"The compiler found too little memory, and does not say how much it needs: {str(error)[:200]}") from error
+        return float(needed[1]) * 2 ** {"G": 30, "M": 20}[needed[2]]
     found, program = step.memory_analysis(), Program(step.as_text())
     mesh = axis_sizes(build(MeshConfig, asked.mesh, where="mesh"), len(devices))
     return Compiled(found.temp_size_in_bytes, found.host_temp_size_in_bytes, program.exchanges(mesh), program.kernels())
 
 
 def apart(work: Callable[..., Any], *args: Any) -> Any:
-    """`work(*args)` in a process of its own, since a compiler that fails may abort its process. Raises `UserError` if it does.
+    """`work(*args)` in a process of its own, since a compiler that fails may abort its process. Raises `UserError` if it does or work does.
 
     Nothing but what the work returns is left behind, the compiler's memory neither.
     """
@@ -386,7 +284,7 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
     worker.start()
     sender.close()
     try:
-        return receiver.recv()
+        result = receiver.recv()
     except EOFError:
         worker.join()
         raise UserError(
@@ -396,119 +294,137 @@ def apart(work: Callable[..., Any], *args: Any) -> Any:
     finally:
         worker.kill()
         worker.join()
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def _send(sender: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    sender.send(work(*args))
+    try:
+        sender.send(work(*args))
+    except UserError as error:
+        sender.send(error)
 
 
-def make_plan(
-    config: ConfigDict,
-    topology: str,
-    *,
-    bucket_name: str = "",
-    compiles: bool = True,
-    exact: bool = False,
-    shapes: TrainState | None = None,
-) -> Plan:
+def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True, exact: bool = False) -> Plan:
     """The plan of a config's costliest bucket, or of the one that is named. Without `compiles`, by arithmetic alone.
 
-    `exact` compiles as training does, instead of `QUICKLY`. `shapes` are the state's (`state_shapes`), where they are known. Raises
-    `UserError` for what cannot be, before anything is compiled, and for what the compiler gives up.
+    `exact` compiles as training does, instead of `QUICKLY`. Raises `UserError` for what cannot be, before anything is compiled, and for
+    what the compiler gives up.
     """
     chip, devices = target(topology)
     bucket = costliest(config, bucket_name)
-    mesh = axis_sizes(build(MeshConfig, config.mesh, where="mesh"), len(devices))
+    mesh = axis_sizes(build(MeshConfig, config.mesh, where="mesh"), devices)
     check_batch(bucket, mesh)
-    task = planned_task(config)
-    *_, checkpoint = state = state_bytes(shapes or state_shapes(config), mesh)
-    samples = bucket.batch / (mesh["data"] * mesh["fsdp"])
-
-    if not isinstance(task.model, DiTConfig):
-        if chip.name in GPUS or not compiles:
-            raise UserError("Arithmetic knows the DiT alone; plan a VAE for a TPU topology, which is compiled.")
-        tokens, flops = math.prod(bucket.shape), traced_flops(config, task, bucket)
-        exchanges: list[Exchange] = []
-        memory = Memory(*state[:3], 0.0, 0.0)
-    else:
-        tokens, flops = dit_flops(task.model, bucket, mesh, config.data.text_length, blocks=chip.name not in GPUS)
-        memory = arithmetic_memory(task.model, tokens, samples, state, mesh)
-        parameters = state[0] * mesh["fsdp"] * mesh["tensor"]
-        exchanges = arithmetic_exchanges(task.model, tokens, samples, parameters, mesh)
-
+    known = estimate(config, bucket, mesh, blocks=chip.name in TPUS)
+    memory, exchanges = known.memory, known.exchanges
     seconds: float | None = None
     kernels: dict[str, int] = {}
     if compiles and chip.name in TPUS:
         start = time.perf_counter()
         found = apart(read_step, config.to_dict(), bucket, topology, exact)
-        if isinstance(found, float):
-            memory = dataclasses.replace(memory, activations=max(0.0, found - sum(state[:3])))
-        else:
-            memory = dataclasses.replace(memory, activations=found.temporaries, host=found.host)
-            exchanges, kernels = found.exchanges, found.kernels
         seconds = time.perf_counter() - start
-    if build(OptimizerConfig, config.optimizer, where="optimizer").offload:
-        memory = dataclasses.replace(memory, optimizer=0.0, host=memory.host + memory.optimizer)
+        if isinstance(found, float):
+            beside_state = max(0.0, found - memory.parameters - memory.optimizer - memory.average)
+        else:
+            beside_state, exchanges, kernels = found.temporaries, found.exchanges, found.kernels
+            memory = dataclasses.replace(memory, host=found.host + known.offloaded)
+        # The compiler says how much there is in all, and not of what.
+        kept = min(memory.activations, beside_state)
+        memory = dataclasses.replace(memory, activations=kept, temporaries=beside_state - kept)
     exchanged: dict[str, float] = collections.defaultdict(float)
     for exchange in exchanges:
         exchanged["+".join(exchange.axes) or "one device"] += exchange.times * exchange.sent
-    times = roofline(chip, len(devices), flops, memory, exchanges)
-    bound = seconds is not None and not exact
-    return Plan(chip, len(devices), mesh, bucket, memory, flops, dict(exchanged), times, tokens, checkpoint, seconds, kernels, bound)
-
-
-def traced_flops(config: ConfigDict, task: Task, bucket: Bucket) -> StepFlops:
-    """FLOPs of a step's products, of which the model takes what `Task.work` says: the critic's and LPIPS's are not the model's."""
-    optimizer = make_optimizer(build(OptimizerConfig, config.optimizer, where="optimizer"))
-    mesh = make_mesh(MeshConfig(data=1), jax.devices("cpu")[:1])
-    step = make_step(task, optimizer, ema=EmaConfig(), key=jax.random.key(0))
-    sample = batch_shapes(task, dataclasses.replace(bucket, batch=1), mesh)
-    hardware = product_flops(step, abstract_state(task, optimizer, mesh), sample)
-    return StepFlops(bucket.batch * task.work(sample)["model_flops"], bucket.batch * hardware, 0.0)
+    return Plan(
+        chip=chip,
+        devices=devices,
+        mesh=mesh,
+        bucket=bucket,
+        memory=memory,
+        flops=known.flops,
+        exchanged=dict(exchanged),
+        seconds=roofline(chip, devices, known.flops, memory, exchanges),
+        tokens=known.tokens,
+        checkpoint=known.checkpoint,
+        compile_seconds=seconds,
+        kernels=kernels,
+        upper_bound=seconds is not None and not exact,
+    )
 
 
 # --- Search --------------------------------------------------------------------------------------------------------------------
 
 
-def candidates(config: ConfigDict, topology: str) -> Iterator[ConfigDict]:
-    """The config on every mesh that fits the devices and the batch, with either way of sharing tokens and every recomputation."""
-    count = len(target(topology)[1])
+def candidates(config: ConfigDict, count: int) -> Iterator[ConfigDict]:
+    """The config on every mesh of so many devices, with either way of sharing tokens and every recomputation that keeps all on them."""
     sizes = [n for n in range(1, count + 1) if count % n == 0]
-    for fsdp, sequence, tensor in itertools.product(sizes, sizes, [n for n in sizes if n <= 8]):
+    is_dit = "context" in config.model
+    for fsdp, sequence, tensor in itertools.product(sizes, sizes, [n for n in sizes if n <= 8] if is_dit else [1]):
         if count % (fsdp * sequence * tensor):
             continue
-        for context, remat in itertools.product(("ring", "heads") if sequence > 1 else ("ring",), ("none", "attention", "full")):
+        contexts = ("ring", "heads") if is_dit and sequence > 1 else (None,)
+        for context, remat in itertools.product(contexts, ("none", "attention", "full") if is_dit else ("none", "full")):
             tried = ConfigDict(config.to_dict())
             tried.mesh.update({"data": -1, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
-            tried.model.update({"context": context, "remat": remat})
+            tried.model.update({"remat": remat} | ({"context": context} if context else {}))
             yield tried
 
 
+def with_more_on_the_host(config: ConfigDict) -> ConfigDict | None:
+    """The same with what attention keeps, or else the optimizer's state, in the hosts' memory; None where both are there."""
+    less = ConfigDict(config.to_dict())
+    if config.model.remat == "attention":
+        less.model.remat = "attention_host"
+    elif not _offloads(config):
+        less.optimizer.offload = True
+    else:
+        return None
+    return less
+
+
+def _offloads(config: ConfigDict) -> bool:
+    return build(OptimizerConfig, config.optimizer, where="optimizer").offload
+
+
 def search(config: ConfigDict, topology: str, bucket_name: str, *, tries: int, exact: bool = False) -> list[tuple[ConfigDict, Plan]]:
-    """Of all candidates those that should fit, fastest first by arithmetic; for a TPU the first `tries` compiled, and those ranked."""
-    guesses, shapes = [], state_shapes(config)
-    for tried in candidates(config, topology):
-        try:
-            guess = make_plan(tried, topology, bucket_name=bucket_name, compiles=False, shapes=shapes)
-        except UserError:
-            continue
-        if guess.fits:
-            guesses.append((tried, guess))
-    guesses.sort(key=lambda pair: pair[1].step_seconds)
+    """Of all candidates those that should fit, fastest first by arithmetic; for a TPU the first `tries` compiled, and those ranked.
+
+    What does not fit is tried with more in the hosts' memory.
+    """
+    guesses = []
+    plan_of = functools.partial(make_plan, topology=topology, bucket_name=bucket_name)
+    chip, devices = target(topology)
+    for candidate in candidates(config, devices):
+        tried: ConfigDict | None = candidate
+        while tried is not None:
+            try:
+                guess = plan_of(tried, compiles=False)
+            except UserError:
+                break
+            if guess.fits:
+                guesses.append((tried, guess))
+                break
+            tried = with_more_on_the_host(tried)
+    guesses.sort(key=lambda pair: (pair[1].step_seconds, pair[1].memory.host))
     if not guesses:
         raise UserError("By arithmetic nothing fits on this topology; take a larger one, a smaller batch or a smaller bucket.")
-    if topology.partition(":")[0] in GPUS:
+    if chip.name in GPUS:
         return guesses[:tries]
     found = []
-    for tried, guess in guesses[:tries]:
+    waiting = collections.deque(guesses)
+    for _ in range(min(tries, len(guesses))):
+        tried, guess = waiting.popleft()
         try:
-            found.append((tried, make_plan(tried, topology, bucket_name=bucket_name, exact=exact)))
+            found.append((tried, plan_of(tried, exact=exact)))
             print(_short(*found[-1]), file=sys.stderr, flush=True)
         except UserError as error:
             print(f"{_choice(tried, guess)}: {error}", file=sys.stderr, flush=True)
+            continue
+        if not found[-1][1].fits and (leaner := with_more_on_the_host(tried)):
+            waiting.appendleft((leaner, guess))
     if not found:
         raise UserError(f"Of the {tries} candidates tried none could be compiled; try more of them (--tries).")
-    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].step_seconds))
+    return sorted(found, key=lambda pair: (not pair[1].fits, pair[1].step_seconds, pair[1].memory.host))
 
 
 # --- What is said --------------------------------------------------------------------------------------------------------------
@@ -527,7 +443,13 @@ def _too_much(plan: Plan) -> str:
 
 
 def _choice(config: ConfigDict, plan: Plan) -> str:
-    return f"{_mesh(plan)}, {config.model.get('context', 'ring')}, remat {config.model.remat}"
+    optimizer = ", optimizer on the host" if _offloads(config) else ""
+    return f"{_mesh(plan)}, {_sharing(config)}, remat {config.model.remat}{optimizer}"
+
+
+def _sharing(config: ConfigDict) -> str:
+    """What devices that share a sample do with its tokens, or with the rows of its frames."""
+    return config.model.get("context", "rows")
 
 
 def _short(config: ConfigDict, plan: Plan) -> str:
@@ -545,7 +467,7 @@ def table(config: ConfigDict, topology: str, plan: Plan) -> str:
     model = config.model
     remat = f"recomputation {model.remat}"
     if plan.mesh["sequence"] > 1:
-        remat += f", tokens shared by {model.get('context', 'rows')}"
+        remat += f", tokens shared by {_sharing(config)}"
     lines = [
         f"{topology}, {chips} chips, mesh {_mesh(plan)}, bucket {plan.bucket.name}, batch {plan.bucket.batch}, {remat}; {how}",
         "",
@@ -579,7 +501,9 @@ def main(argv: list[str]) -> None:
     topology = flags.DEFINE_string("topology", None, pods)
     changes = flags.DEFINE_multi_string("set", [], "A change to the config, such as mesh.sequence=8.")
     bucket = flags.DEFINE_string("bucket", "", "A bucket by its name; by default the one whose samples cost most.")
-    searches = flags.DEFINE_bool("search", False, "Try meshes, ways of sharing tokens and recomputation; rank those that fit.")
+    searches = flags.DEFINE_bool(
+        "search", False, "Try meshes, ways of sharing tokens, recomputation and the host's memory; rank what fits."
+    )
     tries = flags.DEFINE_integer("tries", 4, "How many of a search's candidates are compiled.", lower_bound=1)
     exact = flags.DEFINE_bool("exact", False, "Compile as training does, which takes several times as long, and for a VAE far longer.")
     as_json = flags.DEFINE_bool("json", False, "One JSON object on standard output.")
@@ -596,7 +520,9 @@ def main(argv: list[str]) -> None:
     if searches.value:
         ranked = search(asked, pod, bucket.value, tries=tries.value, exact=exact.value)
         if as_json.value:
-            print(json.dumps([plan.to_json() | {"context": c.model.context, "remat": c.model.remat} for c, plan in ranked]))
+            choices = [{"context": _sharing(c), "remat": c.model.remat, "offload": _offloads(c)} for c, _ in ranked]
+            plans = [plan.to_json() | choice for (_, plan), choice in zip(ranked, choices, strict=True)]
+            print(json.dumps(plans[0] | {"ranked": plans}))
         else:
             print("\n".join(_short(*pair) for pair in ranked))
             print("\n" + table(ranked[0][0], pod, ranked[0][1]))

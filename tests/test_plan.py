@@ -4,12 +4,14 @@ import json
 import os
 import signal
 
+import jax
 import pytest
 
-from configs import t2v_13b
+from configs import t2v_13b, vae
 from hunyuan_jax import plan
 from hunyuan_jax.chips import chip_named
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.estimate import pairs_seen
 from hunyuan_jax.flops import dit_forward_flops
 from hunyuan_jax.models.dit import DiTConfig
 from tests.commands import run_module, run_program
@@ -68,7 +70,7 @@ from jax.extend import core
 from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.parallel.context_attention import How, context_attention, degree_of
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
-from hunyuan_jax.plan import pairs_seen
+from hunyuan_jax.estimate import pairs_seen
 
 def seen(jaxpr):
     total = 0
@@ -102,7 +104,7 @@ def test_what_fills_up_the_blocks_of_a_tpus_kernels_is_counted():
     """The kernels' own shapes, in the traced program: one forward kernel's pairs, times how often it runs, over all devices."""
     assert run_program(PAIRS) == "counted"
     whole, filled = (
-        plan.pairs_seen(DiTConfig(**t2v_13b.get_config("video_720").model), 118_800, 256, {"sequence": 8, "tensor": 1}, blocks=blocks)
+        pairs_seen(DiTConfig(**t2v_13b.get_config("video_720").model), 118_800, 256, {"sequence": 8, "tensor": 1}, blocks=blocks)
         for blocks in (False, True)
     )
     assert whole == (118_800 + 256) ** 2 + 7 * 256**2
@@ -122,7 +124,8 @@ def test_what_fills_up_the_blocks_of_a_tpus_kernels_is_counted():
         (("mesh.sequence=1",), "h100:128", r"a batch of 32 cannot be spread over .*mesh.fsdp=128; let these be 32 in all"),
         (("mesh.tensor=16", "mesh.sequence=1"), "h100:128", r"mesh.tensor=16 does not divide the 24 heads; set it to one of 1, 2, 3"),
         (("mesh.sequenc=4",), "h100:128", r"the config has no 'mesh.sequenc'"),
-        (("mesh.sequence=many",), "h100:128", r"mesh.sequence is 8, a int, and 'many' is none"),
+        (("mesh.sequence=many",), "h100:128", r"mesh.sequence is 8, of type int, and 'many' is not"),
+        (("model.patch_size=1,2,two",), "h100:128", r"of type tuple, and '1,2,two' is not"),
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_the_numbers(settings, topology, message):
@@ -162,7 +165,7 @@ def test_a_search_goes_on_where_the_compiler_gives_up(compiled, monkeypatch, cap
             raise UserError("The compiler gave up.")
         return by_arithmetic(config, topology, compiles=False, **more)
 
-    monkeypatch.setattr(plan, "target", lambda topology: (chip_named("v5p"), [None] * 128))
+    monkeypatch.setattr(plan, "target", lambda topology: (chip_named("v5p"), 128))
     monkeypatch.setattr(plan, "make_plan", make_plan)
     if compiled:
         assert len(plan.search(config, "v5p:4x4x8", "", tries=2)) == compiled
@@ -171,3 +174,62 @@ def test_a_search_goes_on_where_the_compiler_gives_up(compiled, monkeypatch, cap
             plan.search(config, "v5p:4x4x8", "", tries=2)
     assert tried.count(True) == 2
     assert capsys.readouterr().err.count("The compiler gave up.") == 2 - compiled
+
+
+def test_a_searchs_json_is_one_object_the_best_plan_with_all_that_were_ranked():
+    said = json.loads(run_module("hunyuan_jax.plan", CONFIG, "--topology=h100:128", "--search", "--tries=3", "--json"))
+    assert len(said["ranked"]) == 3
+    assert {**said["ranked"][0], "ranked": said["ranked"]} == said
+    assert {"context", "remat", "offload", "fits"} <= said["ranked"][2].keys()
+
+
+def test_a_search_puts_on_the_hosts_what_devices_have_no_room_for():
+    """Of a batch for which few meshes have room: first what attention keeps, then the optimizer's state."""
+    config = t2v_13b.get_config("video_720")
+    config.data.buckets[-1]["batch"] = 4
+    found = plan.search(config, "h100:16", "", tries=100)
+    choices = {(tried.model.remat, tried.optimizer.offload) for tried, _ in found}
+    assert {("attention", False), ("attention_host", False), ("attention_host", True), ("full", False), ("full", True)} == choices
+    assert all(found.memory.host > 0 for tried, found in found if tried.optimizer.offload or tried.model.remat == "attention_host")
+    more = plan.with_more_on_the_host(config)
+    assert (more.model.remat, more.optimizer.offload) == ("attention_host", False)
+    most = plan.with_more_on_the_host(more)
+    assert (most.model.remat, most.optimizer.offload) == ("attention_host", True)
+    assert plan.with_more_on_the_host(most) is None
+
+
+def test_a_vae_is_planned_for_gpus_by_arithmetic():
+    """What the forward pass keeps of a clip is all its blocks' inputs, of which six are as large as the clip in 128 channels."""
+    config = vae.get_config("tiling")
+    plans = []
+    for sequence in (1, 4):
+        config.mesh.sequence = sequence
+        plans.append(plan.make_plan(config, f"h100:{32 * sequence}", bucket_name="65x512x512"))
+    one, split = plans
+    widest = 2 * 65 * 512 * 512 * 128
+    assert 6 * widest < one.memory.activations < 14 * widest
+    assert split.memory.activations == one.memory.activations / 4
+    assert one.flops == split.flops
+    assert 1.0 < one.flops.hardware / one.flops.model < 1.4
+    config.mesh.sequence = 128
+    with pytest.raises(UserError, match=r"mesh.sequence=128 splits the 64 rows of latents .* the nearest that does is 64"):
+        plan.make_plan(config, "h100:4096", bucket_name="65x512x512")
+
+
+def test_what_a_worker_says_a_user_can_mend_is_said():
+    with pytest.raises(UserError, match=r"the config has no 'mesh.sequenc'"):
+        plan.apart(plan.change, t2v_13b.get_config("video_720"), "mesh.sequenc=3")
+
+
+@pytest.mark.parametrize(("said", "needed"), [("Used 120.50G of 95.74G hbm", 120.5 * 2**30), ("Used 900.0M of 95.74G hbm", 900 * 2**20)])
+def test_what_a_compiler_without_room_needs_is_read_from_its_words(said, needed, monkeypatch):
+    def compile_step(*_, **__):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}.")
+
+    monkeypatch.setattr(plan, "devices_of", lambda topology: [])
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    config = t2v_13b.get_config("video_720")
+    assert plan.read_step(config.to_dict(), plan.costliest(config, ""), "v5p:4x4x8", False) == needed
+    said = "Ran out of memory in vmem"
+    with pytest.raises(UserError, match="does not say how much it needs: RESOURCE_EXHAUSTED: Ran out of memory in vmem"):
+        plan.read_step(config.to_dict(), plan.costliest(config, ""), "v5p:4x4x8", False)

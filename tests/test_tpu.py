@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from configs import t2v_13b
 from hunyuan_jax.hlo import Program
+from hunyuan_jax.plan import make_plan
 from tests.commands import run_module, run_program
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu==0.0.42.1 compiles for TPUs")
@@ -130,7 +132,7 @@ def test_attention_is_kept_in_host_memory_where_a_config_says_so():
 SMALL_PLAN = f"""{BEGIN}
 import json
 from configs import t2v_13b
-from hunyuan_jax import plan
+from hunyuan_jax import estimate, plan
 
 config = t2v_13b.get_config("image_256")
 config.model.update({{"width": 512, "num_heads": 4, "num_double_blocks": 2, "num_single_blocks": 4}})
@@ -141,15 +143,15 @@ from hunyuan_jax.hlo import Program
 config.optimizer.offload = True
 config.data.buckets[0]["batch"] = 4 * 128
 sizes = {{"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}}
-chip, devices = plan.target("v5p:2x2x1")
-state = plan.state_bytes(plan.state_shapes(config), sizes)
+devices = plan.devices_of("v5p:2x2x1")
+state = estimate.state_bytes(estimate.state_shapes(config), sizes)
 bucket = plan.costliest(config, "")
 step = plan.compile_step(config, bucket, devices, more=plan.QUICKLY)
 memory = step.memory_analysis()
 said = {{"device": memory.argument_size_in_bytes, "host": memory.host_argument_size_in_bytes}}
 said["batch"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.planned_task(config).batch_shapes(bucket))) / 4
 said["exchanged"] = sum(e.times * e.sent for e in Program(step.as_text()).exchanges(sizes))
-print(json.dumps(said | dict(zip(("parameters", "optimizer", "average", "checkpoint"), state))))
+print(json.dumps(said | vars(state)))
 """
 
 
@@ -214,12 +216,20 @@ def plan(config: str, *more: str) -> dict[str, Any]:
 
 
 def test_the_step_at_720p_fits_a_pod_and_runs_attention_forward_once():
-    """33 x 45 x 80 tokens on 128 chips of v5p: a forward kernel for each of 8 blocks of keys, and 3 for text, in each of 60 layers."""
+    """33 x 45 x 80 tokens on 128 chips of v5p: a forward kernel for each of 8 blocks of keys, and 3 for text, in each of 60 layers.
+
+    Arithmetic, with which a search begins, is not far from it.
+    """
     said = plan("t2v_13b.py:video_720")
     assert said["fits"]
     assert said["mfu"] > 0.45
     forward = sum(count for name, count in said["kernels_per_step"].items() if "fwd" in name)
     assert forward == 60 * (8 + 3)
+    guess = make_plan(t2v_13b.get_config("video_720"), "v5p:4x4x8", compiles=False).to_json()
+    assert guess["total_bytes_per_chip"] == pytest.approx(said["total_bytes_per_chip"], rel=0.15)
+    over = lambda plan, axis: sum(sent for axes, sent in plan["exchanged_bytes_per_device"].items() if axis in axes)  # noqa: E731
+    assert over(guess, "sequence") == pytest.approx(over(said, "sequence"), rel=0.2)
+    assert over(guess, "fsdp") == pytest.approx(over(said, "fsdp"), rel=0.3)
 
 
 def test_the_vaes_step_at_the_curriculums_last_stage_fits_a_pod_by_an_upper_bound():
@@ -230,3 +240,4 @@ def test_the_vaes_step_at_the_curriculums_last_stage_fits_a_pod_by_an_upper_boun
     assert said["mesh"] | {"fsdp": 32, "sequence": 4} == said["mesh"]
     widest = 2 * 65 * 512 * 512 * 128 / 4  # bytes of one activation at full size on a chip, in bfloat16
     assert said["memory_bytes_per_chip"]["activations"] > 2 * widest
+    assert said["memory_bytes_per_chip"]["temporaries"] > 2 * widest
