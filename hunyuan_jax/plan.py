@@ -334,7 +334,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
         memory = dataclasses.replace(memory, activations=kept, temporaries=beside_state - kept)
     exchanged: dict[str, float] = collections.defaultdict(float)
     for exchange in exchanges:
-        exchanged["+".join(exchange.axes) or "one device"] += exchange.times * exchange.sent
+        exchanged["+".join(exchange.axes)] += exchange.times * exchange.sent
     return Plan(
         chip=chip,
         devices=devices,

@@ -143,7 +143,10 @@ class TowersConfig:
         raise UserError("text: statistics are for random towers; set measure_text to False with encoders that have weights.")
 
     def load(self, *, kept: Path | None = None) -> "KeptStates | TextTowers":
-        """The encoders, spread over this process's devices; with a folder `kept` they are loaded for what is not in it alone."""
+        """The encoders, on a mesh of this process's devices; with a folder `kept` they are loaded for what is not in it alone.
+
+        Its axes are those of all meshes. Other processes read other prompts, each when it needs them: they have meshes of their own.
+        """
         return self._load() if kept is None else KeptStates(self, kept)
 
     def _load(self) -> "TextTowers":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hunyuan_jax.hlo import Program, _axes, _group
+from hunyuan_jax.hlo import Program, _axes, _bytes, _group
 from tests.commands import run_program
 
 LOOP = """
@@ -48,10 +48,37 @@ MESH = {"data": 2, "fsdp": 4, "sequence": 2, "tensor": 1}
         ("replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_0','axis_1'}, x", ("data", "fsdp", "sequence")),
         ("replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_2'}, x", ("data",)),
         ("source_target_pairs={{0,1},{1,0}}, x", ("sequence",)),
+        ("replica_groups={}, x", ("data", "fsdp", "sequence")),
     ],
 )
 def test_groups_in_every_notation_lie_along_their_axes(groups, axes):
-    assert _axes(_group(groups), MESH) == axes
+    assert _axes(_group(groups, 16), MESH) == axes
+
+
+def test_a_notation_or_a_type_that_is_not_known_is_an_error():
+    assert (_bytes("f32"), _bytes("bf16"), _bytes("s4"), _bytes("f8e4m3fn")) == (4, 2, 0.5, 1)
+    with pytest.raises(ValueError, match="'opaque'"):
+        _bytes("opaque")
+    with pytest.raises(ValueError, match="cannot be read: replica_groups=some"):
+        _group("replica_groups=some, dimensions={0}", 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        ("(bf16[8]{0}, bf16[4]{0}) all-reduce-start(%a, %b), replica_groups={{0,1},{2,3}}", 2 * 24 / 2),
+        ("bf16[8]{0} all-reduce-start(%a), replica_groups={{0,1},{2,3}}", 2 * 16 / 2),
+        ("(bf16[8]{0}, bf16[16]{0}) all-gather-start(%a), replica_groups={{0,1},{2,3}}", 32 / 2),
+        ("((bf16[8]{0}, bf16[2]{0}), (bf16[16]{0}, bf16[4]{0})) all-gather-start(%a, %b), replica_groups={{0,1},{2,3}}", 40 / 2),
+        ("bf16[4]{0} reduce-scatter(%a), replica_groups={{0,1},{2,3}}", 8),
+        ("bf16[16]{0} all-to-all(%a), replica_groups={}", 32 * 3 / 4),
+        ("bf16[16]{0} all-reduce(%a), replica_groups={{0},{1},{2},{3}}", None),
+    ],
+)
+def test_an_exchange_sends_what_its_results_say(line, sent):
+    """Around a ring: an all-reduce sends its results twice, but for the device's own share; what none is part of is no exchange."""
+    program = Program(f"ENTRY %main (a: bf16[8]) -> bf16[8] {{\n  ROOT %it = {line}\n}}")
+    assert [exchange.sent for exchange in program.exchanges({"data": 2, "fsdp": 2})] == ([] if sent is None else [sent])
 
 
 SCHEDULED = """
