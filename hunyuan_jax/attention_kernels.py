@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Bool, Float
 
 SAVED = "attention"  # the name of results and log-sum-exps, for recomputation that keeps them
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # the primitive of JAX's that has cuDNN's, which bear no name
 BLOCK_SCORES = 2**21  # scores that the reference holds at a time
 
 Backend = Literal["auto", "reference", "splash", "cudnn"]

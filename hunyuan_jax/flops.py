@@ -14,7 +14,7 @@ that are computed again, scores again for their gradients (five products for fou
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -76,28 +76,37 @@ def product_flops(function: Callable[..., Any], *arguments: Any, needed: bool = 
     It is traced, not compiled, and what no result depends on is left out. Of a loop that ends when it will, and of a branch, what stands
     there counts once; but blocks of causal attention as often as they are met, or with `needed` the pairs in them that are seen.
     """
+    return sum(times * _of_products(equation) for equation, times in equations(function, *arguments, needed=needed))
+
+
+def equations(function: Callable[..., Any], *arguments: Any, needed: bool = False) -> Iterator[tuple[core.JaxprEqn, float]]:
+    """The equations of a function's trace that its results depend on, those of loops and branches too, and how often each is computed."""
     traced = jax.make_jaxpr(function)(*arguments).jaxpr
     live, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-    return _products(live, needed=needed)
+    return _within(live, 1.0, needed=needed)
 
 
-def _products(jaxpr: core.Jaxpr, *, needed: bool) -> float:
-    total = 0.0
-    shape_of: Callable[[Any], tuple[int, ...]] = lambda variable: variable.aval.shape  # noqa: E731
+def _within(jaxpr: core.Jaxpr, times: float, *, needed: bool) -> Iterator[tuple[core.JaxprEqn, float]]:
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = shape_of(equation.invars[0])
-            total += 2 * math.prod(shape_of(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            outputs, *_ = equation.params["dimension_numbers"].rhs_spec
-            kernel = shape_of(equation.invars[1])
-            total += 2 * math.prod(shape_of(equation.outvars[0])) * math.prod(kernel) // kernel[outputs]
+        yield equation, times
+        more = equation.params.get("length", 1) * (_share(equation, needed=needed) if equation.primitive.name == "cond" else 1.0)
         inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr))
-        programs = [p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in inner]
-        times = equation.params.get("length", 1) * (_share(equation, needed=needed) if equation.primitive.name == "cond" else 1.0)
-        total += times * sum(_products(p, needed=needed) for p in programs if isinstance(p, core.Jaxpr))
-    return total
+        for program in (p.jaxpr if isinstance(p, core.ClosedJaxpr) else p for p in inner):
+            if isinstance(program, core.Jaxpr):
+                yield from _within(program, times * more, needed=needed)
+
+
+def _of_products(equation: core.JaxprEqn) -> int:
+    shape_of: Callable[[Any], tuple[int, ...]] = lambda variable: variable.aval.shape  # noqa: E731
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        left = shape_of(equation.invars[0])
+        return 2 * math.prod(shape_of(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
+    if equation.primitive.name == "conv_general_dilated":
+        outputs, *_ = equation.params["dimension_numbers"].rhs_spec
+        kernel = shape_of(equation.invars[1])
+        return 2 * math.prod(shape_of(equation.outvars[0])) * math.prod(kernel) // kernel[outputs]
+    return 0
 
 
 def _share(branch: core.JaxprEqn, *, needed: bool) -> float:

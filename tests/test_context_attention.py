@@ -22,7 +22,7 @@ rng = np.random.default_rng(0)
 for sizes, heads, degree, backend in (
     ((1, 1, 8, 1), 3, 1, "reference"),
     ((1, 1, 8, 1), 8, 8, "reference"),
-    ((1, 1, 4, 2), 4, 2, "reference"),
+    ((1, 1, 4, 2), 12, 2, "reference"),  # three heads to a device, in two turns
     ((2, 1, 4, 1), 2, 1, "splash"),
     ((2, 2, 1, 2), 2, 0, "splash"),
 ):

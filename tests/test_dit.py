@@ -1,5 +1,6 @@
 """Laws of the DiT: what may and may not change its output, its size to the last parameter, and its shapes at full size."""
 
+import collections
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -8,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from configs import t2v_13b
+from hunyuan_jax.attention_kernels import CUDNN_FORWARD
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.flops import equations
 from hunyuan_jax.models.dit import DiT, DiTConfig, SingleBlock, joint_conditions, scaled_guidance, stacked
 
 TINY = DiTConfig(
@@ -305,3 +309,17 @@ def test_names_and_shapes_are_those_of_the_released_checkpoint(full_config):
     lines = [line.split("\t") for line in KEYS.read_text().splitlines() if line.strip()]
     released = {name: [int(n) for n in shape.strip("[]").split(",")] for name, shape in lines}
     assert official_shapes(full_shapes(dataclasses.replace(full_config, guidance_embed=True))) == released
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("none", 5), ("attention", 5), ("attention_host", 5), ("full", 10)])
+def test_cudnns_forward_kernel_runs_once_in_each_block_where_attention_is_kept(remat, forward, monkeypatch):
+    """In the trace of the gradient, which needs no GPU but only a version of cuDNN."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_100)
+    config = dataclasses.replace(TINY, remat=remat, attention="cudnn", dtype="bfloat16")
+    given = inputs()
+    shapes = jax.eval_shape(lambda: DiT(config).init(jax.random.key(0), **given)["params"])
+    counts: collections.Counter[str] = collections.Counter()
+    for equation, times in equations(jax.grad(lambda params: jnp.sum(DiT(config).apply({"params": params}, **given))), shapes):
+        counts[equation.primitive.name] += int(times)
+    assert counts[CUDNN_FORWARD] == forward
+    assert counts[CUDNN_FORWARD.replace("fwd", "bwd")] == 5

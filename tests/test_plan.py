@@ -66,22 +66,18 @@ PAIRS = """
 import math
 import jax, jax.numpy as jnp
 jax.config.update("jax_num_cpu_devices", 8)
-from jax.extend import core
+from hunyuan_jax.flops import equations
 from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.parallel.context_attention import How, context_attention, degree_of
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 from hunyuan_jax.estimate import pairs_seen
 
-def seen(jaxpr):
+def seen(function, *arguments):
     total = 0
-    for equation in jaxpr.eqns:
+    for equation, times in equations(function, *arguments):
         if equation.primitive.name == "pallas_call":
             q, k = [v.aval.shape for v in equation.invars if v.aval.shape[-1] == 16][:2]
-            total += math.prod(q[:-1]) * k[-2]
-        else:
-            inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr))
-            programs = [getattr(p, "jaxpr", p) for p in inner if isinstance(p, core.ClosedJaxpr | core.Jaxpr)]
-            total += equation.params.get("length", 1) * sum(map(seen, programs))
+            total += times * math.prod(q[:-1]) * k[-2]
     return total
 
 tokens, txt, heads = 7001, 130, 4
@@ -94,7 +90,7 @@ for context, sequence in (("ring", 8), ("heads", 8), ("heads", 4)):
     how = How(tokens, degree_of(context, heads, mesh.shape), "splash")
     with jax.set_mesh(mesh):
         run = lambda lengths, *x: context_attention(x[:3], x[3:], txt_lengths=lengths, how=how)
-        kernels = seen(jax.make_jaxpr(run)(jax.ShapeDtypeStruct((samples,), jnp.int32), *x).jaxpr)
+        kernels = seen(run, jax.ShapeDtypeStruct((samples,), jnp.int32), *x)
     assert sequence * kernels == heads * pairs_seen(config, tokens, txt, mesh.shape, blocks=True), (context, sequence)
 print("counted")
 """

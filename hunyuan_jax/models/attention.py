@@ -32,15 +32,24 @@ def attention(
     """Softmax attention with scale 1/sqrt(d) over the first `kv_lengths` keys of each sample (all of them where None).
 
     Keys past the length contribute exactly nothing. Scores and softmax are float32; the result has the dtype of `v`, and the name
-    `SAVED` for recomputation that keeps it. On a mesh, samples and heads may be split, and tokens are not.
+    `SAVED` for recomputation that keeps it, but for cuDNN's, known by its primitive `CUDNN_FORWARD`. On a mesh, samples and heads may be
+    split, and tokens are not.
     """
     backend = backend_for(backend, v.dtype)
     if backend == "splash":
         return on_every_device(splash_attention, q, k, v, None if kv_lengths is None else jnp.arange(k.shape[1]) < kv_lengths[:, None])
     if backend == "cudnn":
-        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=kv_lengths, implementation="cudnn")
-        return checkpoint_name(out, SAVED)
+        return _cudnn(q, k, v, kv_lengths)
     return checkpoint_name(_reference(q, k, v, kv_lengths), SAVED)
+
+
+def _cudnn(q: Float[Array, "B L H d"], k: Array, v: Array, kv_lengths: Int[Array, " B"] | None) -> Float[Array, "B L H d"]:
+    """Its gradients take even numbers of queries and keys: JAX refuses odd ones, so that one more of each is there and does not count."""
+    length, keys = q.shape[1], k.shape[1]
+    if keys % 2 and kv_lengths is None:
+        kv_lengths = jnp.full(len(k), keys, jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=kv_lengths, implementation="cudnn")[:, :length]
 
 
 def _reference(q: Array, k: Array, v: Array, kv_lengths: Int[Array, " B"] | None) -> Float[Array, "B L H d"]:

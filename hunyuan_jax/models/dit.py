@@ -18,17 +18,18 @@ H heads, d head width, P pooled features, E segments of a sample (see `Condition
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
+from jax._src.interpreters import partial_eval
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from hunyuan_jax.attention_kernels import SAVED, Backend, backend_for
+from hunyuan_jax.attention_kernels import CUDNN_FORWARD, SAVED, Backend, backend_for
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.attention import attention
 from hunyuan_jax.models.layers import (
@@ -172,15 +173,22 @@ def stacked(block: type[nn.Module], *, length: int, remat: Remat) -> type[nn.Mod
     return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length)
 
 
-def _kept(remat: Remat) -> Callable[..., bool] | None:
+def _kept(remat: Remat) -> Callable[..., Any] | None:
+    """What of a block is kept for the backward pass, as a policy of `jax.checkpoint`; None for nothing."""
     policies = jax.checkpoint_policies
-    if remat == "attention":
-        return policies.save_only_these_names(SAVED)
-    if remat == "attention_host":
-        return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], offload_src="device", offload_dst=HOST_MEMORY
-        )
-    return None
+    if remat == "full":
+        return None
+    on_host = partial_eval.Offloadable(src="device", dst=HOST_MEMORY) if remat == "attention_host" else None
+    if on_host is None:
+        named = policies.save_only_these_names(SAVED)
+    else:
+        where: dict[str, Any] = {"offload_src": on_host.src, "offload_dst": on_host.dst}
+        named = policies.save_and_offload_only_these_names(names_which_can_be_saved=[], names_which_can_be_offloaded=[SAVED], **where)
+
+    def policy(primitive: Any, *inputs: Any, **params: Any) -> Any:
+        return (on_host or True) if primitive.name == CUDNN_FORWARD else named(primitive, *inputs, **params)
+
+    return policy
 
 
 def in_products(x: Float[Array, "B L D"], tokens: str) -> Float[Array, "B L D"]:

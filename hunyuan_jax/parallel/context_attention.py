@@ -66,10 +66,11 @@ class _Place:
         return tuple(jnp.split(whole, len(arrays)))
 
     def turns(self, *arrays: Float[Array, "B L H ..."]) -> list[list[Array]]:
-        """The heads in parts, each divisible by those who share them: one part is exchanged while another one is met."""
+        """The heads in parts as equal as can be that all who share them divide: one part is exchanged while another one is met."""
         heads = arrays[0].shape[2] // self.degree
-        count = max(n for n in range(1, MOST_TURNS + 1) if heads % n == 0) if self.degree > 1 else 1
-        return [list(parts) for parts in zip(*(jnp.split(x, count, axis=2) for x in arrays), strict=True)]
+        count = min(MOST_TURNS, heads) if self.degree > 1 else 1
+        ends = [self.degree * (heads * n // count) for n in range(1, count)]
+        return [list(parts) for parts in zip(*(jnp.split(x, ends, axis=2) for x in arrays), strict=True)]
 
     def pass_on(self, tree: Any) -> Any:
         """To the next group of the ring, and from the one before."""
