@@ -81,10 +81,8 @@ class Program:
             counts[name] = counts.get(name, 0) + times
             for instruction in self.computations[name]:
                 more = self.trips(instruction) if instruction.operation == "while" else 1
-                for called in _CALLED.findall(instruction.rest):
-                    for part in called.split(", "):
-                        if part[1:] in self.computations:
-                            walk(part[1:], times * more)
+                for called in self.called(instruction):
+                    walk(called, times * more)
 
         walk(self.entry, 1)
         return counts
@@ -94,6 +92,15 @@ class Program:
         for name, times in self.runs().items():
             for instruction in self.computations[name]:
                 yield instruction, times
+
+    def called(self, instruction: Instruction) -> list[str]:
+        """The names of the computations that an instruction calls, or repeats."""
+        names = (part[1:] for called in _CALLED.findall(instruction.rest) for part in called.split(", "))
+        return [name for name in names if name in self.computations]
+
+    def holds_kernel(self, instruction: Instruction) -> bool:
+        """Whether an instruction is a Pallas kernel, or calls or repeats what has one."""
+        return bool(instruction.kernel) or any(self.holds_kernel(i) for name in self.called(instruction) for i in self.computations[name])
 
     def kernels(self) -> dict[str, int]:
         """How often each Pallas kernel runs, by its name without number."""

@@ -13,41 +13,10 @@ import pytest
 from configs import t2v_13b
 from hunyuan_jax.hlo import Program
 from hunyuan_jax.plan import make_plan
+from tests.bench.overlap import BEGIN, GIB, compile_layer, exchanged
 from tests.commands import run_module, run_program
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu==0.0.42.1 compiles for TPUs")
-
-GIB = 2**30
-BEGIN = """
-import os
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-import jax, jax.numpy as jnp
-jax.config.update("jax_platforms", "cpu")
-from jax.experimental import topologies
-"""
-RING = f"""{BEGIN}
-from jax.sharding import NamedSharding
-from hunyuan_jax.parallel.compiler_options import step_options
-from hunyuan_jax.parallel.context_attention import IMAGE, SAMPLES, TEXT, How, context_attention
-from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
-
-mesh = make_mesh(MeshConfig(sequence=4), topologies.get_topology_desc("TOPOLOGY", platform="tpu").devices)
-samples, length, degree = mesh.shape["data"], 4 * 30_720, DEGREE
-
-def array(spec, *shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-x = [array(IMAGE, samples, length, 24, 128)] * 3 + [array(TEXT, samples, 256, 24, 128)] * 3
-
-def score(lengths, *x):
-    return sum(jnp.sum(out.astype(jnp.float32)) for out in context_attention(x[:3], x[3:], txt_lengths=lengths, how=How(length, degree)))
-
-with jax.set_mesh(mesh):
-    step = jax.jit(jax.grad(score, argnums=range(1, 7))).lower(array(SAMPLES, samples, dtype=jnp.int32), *x)
-    step = step.compile(step_options(mesh.devices.flat[0].device_kind, tuned=False))
-print(step.memory_analysis().temp_size_in_bytes)
-print(step.as_text())
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,25 +45,21 @@ def test_attention_exchanges_while_kernels_run_and_holds_little(topology, exchan
 
     `alone` names the exchanges beside which no kernel runs, by how many kernels, or loops of them, have run before.
     """
-    source = RING.replace("TOPOLOGY", topology).replace("DEGREE", str(degree))
-    temporaries, _, text = run_program(source).partition("\n")
-    assert int(temporaries) <= 5 * GIB
-    program = Program(text[text.index("HloModule") :])
-    assert not any(i.operation == exchange for instructions in program.computations.values() for i in instructions)
-    begun: dict[str, int] = {}
-    pairs, waits = 0, []
-    for instructions in program.computations.values():
-        kernels = 0
-        for instruction in instructions:
-            kernels += bool(instruction.kernel) or instruction.operation == "while"
-            if instruction.operation == f"{exchange}-start":
-                begun[instruction.name] = kernels
-            elif instruction.operation == f"{exchange}-done":
-                pairs += 1
-                if kernels == begun[re.findall(r"%([\w.\-]+)", instruction.rest)[0]]:
-                    waits.append(kernels)
-    assert pairs >= least
-    assert waits == alone
+    temporaries, program = compile_layer(topology, 4, degree)
+    assert temporaries <= 5 * GIB
+    of_kind = exchanged(program, exchange)
+    assert of_kind.count >= least
+    assert of_kind.alone == alone
+
+
+def test_memory_of_a_ring_grows_with_the_tokens_of_a_device_and_not_with_all():
+    """32,768 tokens to a device, on four and on eight of them; and half as many on eight."""
+    few, many, fewer_tokens = (
+        compile_layer(topology, devices, 1, local=local)[0]
+        for topology, devices, local in (("v5p:2x2x1", 4, 32_768), ("v5p:2x2x2", 8, 32_768), ("v5p:2x2x2", 8, 16_384))
+    )
+    assert many <= 1.02 * few
+    assert fewer_tokens <= 0.6 * many
 
 
 OFFLOAD = f"""{BEGIN}
