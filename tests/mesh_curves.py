@@ -1,7 +1,7 @@
 """One training on many meshes: `python -m tests.mesh_curves [--meshes 3]`, on 1, 2, 4 and 8 simulated devices.
 
-A small DiT is trained for 20 steps of the real step (loss, AdamW, moving average) on the same batches. On every mesh, with either way of
-sharing tokens, the loss must go the way it goes on one device.
+A small DiT is trained for 20 steps of the real step (loss, AdamW, moving average) on the same batches. On every mesh, and where it shares
+tokens with either way of sharing them, the loss must go the way it goes on one device.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import numpy as np
 from configs import t2v_13b
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
-from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from hunyuan_jax.parallel.mesh import AXES, SEQUENCE, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import batch_sharding
 from hunyuan_jax.settings import build
 from hunyuan_jax.state import make_state
@@ -71,13 +71,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)  # programs take longer to optimise than to run
     one, worst = curve((1, 1, 1, 1), "ring"), 0.0
-    for number, sizes in enumerate(MESHES[-args.meshes :]):
-        context = ("ring", "heads")[number % 2]
-        error = max(abs(a - b) / abs(a) for a, b in zip(one, curve(sizes, context), strict=True))
-        worst = max(worst, error)
-        print(f"{'x'.join(map(str, sizes))} {context}: {error:.1e}", flush=True)
-        if not error <= LIMIT:
-            raise SystemExit(f"the loss on mesh {sizes} goes another way than on one device: {error:.1e}, more than {LIMIT:.0e}")
+    for sizes in MESHES[-args.meshes :]:
+        for context in ("ring", "heads") if sizes[AXES.index(SEQUENCE)] > 1 else ("ring",):
+            error = max(abs(a - b) / abs(a) for a, b in zip(one, curve(sizes, context), strict=True))
+            worst = max(worst, error)
+            print(f"{'x'.join(map(str, sizes))} {context}: {error:.1e}", flush=True)
+            if not error <= LIMIT:
+                raise SystemExit(f"the loss on mesh {sizes} goes another way than on one device: {error:.1e}, more than {LIMIT:.0e}")
     print(f"{min(args.meshes, len(MESHES))} meshes train as one device: loss {one[0]:.4f} to {one[-1]:.4f}, within {worst:.1e}")
 
 
