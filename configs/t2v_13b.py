@@ -159,6 +159,7 @@ def _train(stage: str) -> ConfigDict:
                 "preview_every": 2000,
                 "stall_seconds": 50.0,
                 "watchdog_seconds": 1800.0,
+                "tuned_compiler": False,
             },
         }
     )

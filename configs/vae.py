@@ -129,6 +129,7 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "preview_every": 2000,
                 "stall_seconds": 50.0,
                 "watchdog_seconds": 1800.0,
+                "tuned_compiler": False,
             },
         }
     )

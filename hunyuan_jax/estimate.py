@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -23,6 +23,7 @@ from hunyuan_jax.errors import UserError
 from hunyuan_jax.flops import StepFlops, dit_step_flops, product_flops
 from hunyuan_jax.hlo import Exchange
 from hunyuan_jax.models.dit import DiTConfig
+from hunyuan_jax.models.vae import VAEConfig
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.mesh import SEQUENCE, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import BATCH_AXES, batch_sharding, param_axes, path_of
@@ -72,30 +73,28 @@ def estimate(config: ConfigDict, bucket: Bucket, mesh: Mapping[str, int], *, blo
 
     Raises `UserError` where the model cannot be on that mesh.
     """
-    model = planned_task(config).model
-    state, samples = state_bytes(state_shapes(config), mesh), bucket.batch / math.prod(mesh[axis] for axis in BATCH_AXES)
-    if isinstance(model, DiTConfig):
-        tokens, flops = dit_flops(model, bucket, mesh, config.data.text_length, blocks=blocks)
-        vectors = _vectors(model, samples * (tokens / mesh[SEQUENCE] + config.data.text_length), mesh)
-        activations, temporaries, host = _dit_memory(model, vectors)
-        exchanges = _dit_exchanges(model, vectors, state.parameters * mesh["fsdp"] * mesh["tensor"], mesh)
-    else:
-        tokens, (flops, kept) = math.prod(bucket.shape), _vae_numbers(_apart_from(config, ("mesh",)), bucket)
-        rows = bucket.height // model.spatial_compression
-        if rows % mesh[SEQUENCE]:
-            fitting = max(n for n in range(1, mesh[SEQUENCE]) if rows % n == 0)
-            raise UserError(
-                f"mesh.sequence={mesh[SEQUENCE]} splits the {rows} rows of latents of bucket {bucket.name}, and does not divide them; "
-                f"the nearest that does is {fitting}."
-            )
-        widest = 2.0 * model.block_out_channels[0] * tokens
-        activations, temporaries, host = (samples * size / mesh[SEQUENCE] for size in (kept, WORKING_CLIPS * widest, 0.0))
-        exchanges = [_of_weights(state.parameters * mesh["fsdp"], mesh)]
+    state = state_bytes(state_shapes(config), mesh)
+    work = (_dit_work if isinstance(planned_task(config).model, DiTConfig) else _vae_work)(config, bucket, mesh, state, blocks=blocks)
     offloaded = state.optimizer if build(OptimizerConfig, config.optimizer, where="optimizer").offload else 0.0
-    # Gradients, which lie as parameters do; a VAE's parameters are whole in the step.
-    temporaries += state.parameters if isinstance(model, DiTConfig) else state.parameters * (1 + mesh["fsdp"])
-    memory = Memory(state.parameters, state.optimizer - offloaded, state.average, activations, temporaries, host + offloaded)
-    return Estimate(tokens, flops, memory, exchanges, state.checkpoint, offloaded)
+    optimizer, host = state.optimizer - offloaded, work.host + offloaded
+    memory = Memory(state.parameters, optimizer, state.average, work.activations, work.temporaries, host)
+    return Estimate(work.tokens, work.flops, memory, work.exchanges, state.checkpoint, offloaded)
+
+
+class _Work(NamedTuple):
+    """Of a step, apart from the state that it changes; memory in bytes on a device and on its host."""
+
+    tokens: int
+    flops: StepFlops
+    activations: float
+    temporaries: float
+    host: float
+    exchanges: list[Exchange]
+
+
+def _samples(bucket: Bucket, mesh: Mapping[str, int]) -> float:
+    """Of a batch, on a device or on those that share them."""
+    return bucket.batch / math.prod(mesh[axis] for axis in BATCH_AXES)
 
 
 def _apart_from(config: ConfigDict, names: Sequence[str]) -> str:
@@ -177,16 +176,20 @@ def dit_flops(config: DiTConfig, bucket: Bucket, mesh: Mapping[str, int], num_tx
     return tokens, StepFlops(*(bucket.batch * value for value in dataclasses.astuple(one)))
 
 
-def _vectors(config: DiTConfig, tokens: float, mesh: Mapping[str, int]) -> float:
-    """Bytes of so many tokens' vectors in bfloat16, where `tensor` splits them."""
-    return tokens * config.width * 2.0 / mesh["tensor"]
-
-
-def _dit_memory(config: DiTConfig, vectors: float) -> tuple[float, float, float]:
-    """What all blocks keep, what one works with, and what lies on the host; `vectors` are the bytes of a device's tokens."""
-    blocks = config.num_double_blocks + config.num_single_blocks
-    host = blocks * vectors if config.remat == "attention_host" else 0.0
-    return blocks * KEPT_WIDTHS[config.remat] * vectors, WORKING_WIDTHS * vectors, host
+def _dit_work(config: ConfigDict, bucket: Bucket, mesh: Mapping[str, int], state: StateBytes, *, blocks: bool) -> _Work:
+    model, num_txt = build(DiTConfig, config.model, where="model"), config.data.text_length
+    tokens, flops = dit_flops(model, bucket, mesh, num_txt, blocks=blocks)
+    # Bytes of a device's tokens in bfloat16.
+    vectors = _samples(bucket, mesh) * (tokens / mesh[SEQUENCE] + num_txt) * model.width * 2.0 / mesh["tensor"]
+    num_blocks = model.num_double_blocks + model.num_single_blocks
+    return _Work(
+        tokens=tokens,
+        flops=flops,
+        activations=num_blocks * KEPT_WIDTHS[model.remat] * vectors,
+        temporaries=WORKING_WIDTHS * vectors + state.parameters,  # of which gradients are as large as parameters
+        host=num_blocks * vectors if model.remat == "attention_host" else 0.0,
+        exchanges=_dit_exchanges(model, vectors, state.parameters * mesh["fsdp"] * mesh["tensor"], mesh),
+    )
 
 
 def _dit_exchanges(config: DiTConfig, vectors: float, whole_parameters: float, mesh: Mapping[str, int]) -> list[Exchange]:
@@ -216,6 +219,29 @@ def batch_shapes(task: Task, bucket: Bucket, mesh: Mesh) -> VideoBatch:
     """A batch of the bucket, without memory, split as on the mesh."""
     place = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), task.batch_shapes(bucket))
+
+
+def _vae_work(config: ConfigDict, bucket: Bucket, mesh: Mapping[str, int], state: StateBytes, *, blocks: bool) -> _Work:
+    del blocks  # which are the DiT's
+    model, tokens = build(VAEConfig, config.model, where="model"), math.prod(bucket.shape)
+    rows = bucket.height // model.spatial_compression
+    if rows % mesh[SEQUENCE]:
+        fitting = max(n for n in range(1, mesh[SEQUENCE]) if rows % n == 0)
+        raise UserError(
+            f"mesh.sequence={mesh[SEQUENCE]} splits the {rows} rows of latents of bucket {bucket.name}, and does not divide them; "
+            f"the nearest that does is {fitting}."
+        )
+    flops, kept = _vae_numbers(_apart_from(config, ("mesh",)), bucket)
+    share = _samples(bucket, mesh) / mesh[SEQUENCE]
+    whole = state.parameters * mesh["fsdp"]  # parameters are, in the step
+    return _Work(
+        tokens=tokens,
+        flops=flops,
+        activations=share * kept,
+        temporaries=share * WORKING_CLIPS * 2.0 * model.block_out_channels[0] * tokens + whole + state.parameters,
+        host=0.0,
+        exchanges=[_of_weights(whole, mesh)],
+    )
 
 
 @functools.lru_cache(maxsize=16)
