@@ -14,6 +14,7 @@ train_step, optimizer, checkpoint    one step, and how a run continues
 block_norms, goodput, profiling      what is watched meanwhile; held_out, spikes
 weights, adapters, tensor_files      weights and LoRA adapters as they lie in files
 metrics, video_io                    other files in and out
+plan, estimate, hlo                  command: what a pod would hold and take, by its compiler and by arithmetic
 flops                                what a model costs, and what a device can do
 settings, errors                     the door from configs to dataclasses, and what a user can get wrong
 """

@@ -4,8 +4,10 @@
         [--search] [--exact] [--json]
 
 A TPU's own compiler, from the package libtpu, compiles the real step (model, optimizer, moving average, recomputation, kernels) and says
-what it holds; what it exchanges is read from the compiled program. The passes that take the compiler longest are left out, which leaves
-upper bounds of memory and time; --exact compiles as training does. GPUs, such as --topology=h100:64, have the same table by arithmetic.
+what it holds; what it exchanges is read from the compiled program. How much of what it holds beside the state is activations that the
+forward pass keeps, it does not say: that is arithmetic (estimate.py), and the rest is called temporaries. The passes that take the compiler
+longest are left out, which leaves upper bounds of memory and time; --exact compiles as training does. GPUs, such as --topology=h100:64,
+have the same table by arithmetic.
 
 The time of a step is a model, not a measurement: products at a share of the peak (`EFFICIENCY`), what the optimizer reads and writes at
 the memory's rate, what is exchanged at the links' rate, in the background where the program does so. It knows no stalls, no input,

@@ -32,13 +32,14 @@ def as_training_compiles():
     [
         # Keys and values forward, the same with their gradients backward, gradients home.
         ("v5p:2x2x1", "collective-permute", 1, 2 + 4 + 2, []),
+        ("v6e:2x2", "collective-permute", 1, 2 + 4 + 2, []),
         # In two turns: queries, keys and values, and results, forward; results with their gradients, and gradients, backward. The first
         # of all can wait for no kernel.
         ("v5p:2x2x1", "all-to-all", 4, 2 * 4, [0]),
         # One of the gradients on its way home, after the ring, begins and ends between the last two kernels.
         ("tpu7x:2x2x1", "collective-permute", 1, 2 + 4 + 2, [9]),
     ],
-    ids=["ring on v5p", "heads on v5p", "ring on tpu7x"],
+    ids=["ring on v5p", "ring on v6e", "heads on v5p", "ring on tpu7x"],
 )
 def test_attention_exchanges_while_kernels_run_and_holds_little(topology, exchange, degree, least, alone):
     """24 heads of 128, 30,720 tokens on each of four devices, forward and backward: at most 5 GiB beside arguments and results.
