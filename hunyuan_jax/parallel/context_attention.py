@@ -76,6 +76,10 @@ class _Place:
         """To the next group of the ring, and from the one before."""
         return jax.lax.ppermute(tree, SEQUENCE, self._next)
 
+    def after(self, tree: Any, before: Any) -> tuple[Any, Any]:
+        """Both as they are; in a ring nothing is made of `tree` until `before` is there, lest the rings of two turns stand in each other's way."""
+        return jax.lax.optimization_barrier((tree, before)) if self.hops > 1 else (tree, before)
+
     def valid(self, length: int, block: int, hop: Array | int) -> Valid:
         """Which keys are tokens and not padding, of the block that has come over `hop` groups; None for all."""
         if length == self.hops * block:
@@ -106,6 +110,8 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
     kept, lses, parts = [], [], []
     for image, (_, tk, tv) in zip(place.turns(q, k, v), text, strict=True):
         q, k, v = place.tokens_for_heads(*image)
+        if kept:
+            (q, k, v), lses[-1] = place.after((q, k, v), lses[-1])
         every = functools.partial(place.valid, how.length, k.shape[1])
 
         def hop(carry: Any, number: Array) -> tuple[Any, None]:
@@ -147,6 +153,8 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
     turns = zip(kept, lses, of_text_queries, place.turns(results[0], slopes[0]), strict=True)
     for (q, k, v), lse, (tq, tk, tv, txt_lse, txt_out, txt_slope), sides in turns:
         out, slope = place.tokens_for_heads(*sides)
+        if of_text:
+            (out, slope), of_text[-1] = place.after((out, slope), of_text[-1])
         every = functools.partial(place.valid, how.length, k.shape[1])
 
         def hop(carry: Any, number: Array) -> tuple[Any, None]:
