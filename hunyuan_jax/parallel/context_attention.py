@@ -76,8 +76,8 @@ class _Place:
         """To the next group of the ring, and from the one before."""
         return jax.lax.ppermute(tree, SEQUENCE, self._next)
 
-    def after(self, tree: Any, before: Any) -> tuple[Any, Any]:
-        """Both as they are; in a ring nothing is made of `tree` until `before` is there, lest the rings of two turns stand in each other's way."""
+    def after(self, tree: Any, before: Any) -> Any:
+        """Both as they are; in a ring nothing is made of `tree` until `before` is there, lest two turns' rings get in each other's way."""
         return jax.lax.optimization_barrier((tree, before)) if self.hops > 1 else (tree, before)
 
     def valid(self, length: int, block: int, hop: Array | int) -> Valid:
@@ -107,7 +107,9 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
     text = [[place.my_heads(x) for x in turn] for turn in place.turns(tq, tk, tv)]
     txt_valid = jnp.arange(tk.shape[1]) < txt_lengths[:, None]
     images: list[Any] = []
-    kept, lses, parts = [], [], []
+    kept: list[Any] = []
+    lses: list[Any] = []
+    parts: list[Any] = []
     for image, (_, tk, tv) in zip(place.turns(q, k, v), text, strict=True):
         q, k, v = place.tokens_for_heads(*image)
         if kept:
