@@ -19,14 +19,13 @@ from ml_collections import ConfigDict
 from hunyuan_jax.attention_kernels import filled_up
 from hunyuan_jax.data.batch import VideoBatch
 from hunyuan_jax.data.buckets import Bucket, token_count
-from hunyuan_jax.errors import UserError
 from hunyuan_jax.flops import StepFlops, dit_step_flops, product_flops
 from hunyuan_jax.hlo import Exchange
 from hunyuan_jax.models.dit import DiTConfig
 from hunyuan_jax.models.vae import VAEConfig
 from hunyuan_jax.optimizer import OptimizerConfig, make_optimizer
 from hunyuan_jax.parallel.mesh import SEQUENCE, MeshConfig, make_mesh
-from hunyuan_jax.parallel.sharding import BATCH_AXES, batch_sharding, param_axes, path_of
+from hunyuan_jax.parallel.sharding import BATCH_AXES, batch_sharding, check_rows, param_axes, path_of
 from hunyuan_jax.settings import build
 from hunyuan_jax.state import abstract_state
 from hunyuan_jax.tasks import VAETask, planned_task
@@ -224,13 +223,7 @@ def batch_shapes(task: Task, bucket: Bucket, mesh: Mesh) -> VideoBatch:
 def _vae_work(config: ConfigDict, bucket: Bucket, mesh: Mapping[str, int], state: StateBytes, *, blocks: bool) -> _Work:
     del blocks  # which are the DiT's
     model, tokens = build(VAEConfig, config.model, where="model"), math.prod(bucket.shape)
-    rows = bucket.height // model.spatial_compression
-    if rows % mesh[SEQUENCE]:
-        fitting = max(n for n in range(1, mesh[SEQUENCE]) if rows % n == 0)
-        raise UserError(
-            f"mesh.sequence={mesh[SEQUENCE]} splits the {rows} rows of latents of bucket {bucket.name}, and does not divide them; "
-            f"the nearest that does is {fitting}."
-        )
+    check_rows(bucket.height // model.spatial_compression, mesh[SEQUENCE])
     flops, kept = _vae_numbers(_apart_from(config, ("mesh",)), bucket)
     share = _samples(bucket, mesh) / mesh[SEQUENCE]
     whole = state.parameters * mesh["fsdp"]  # parameters are, in the step

@@ -208,7 +208,7 @@ def test_a_vae_is_planned_for_gpus_by_arithmetic():
     assert one.flops == split.flops
     assert 1.0 < one.flops.hardware / one.flops.model < 1.4
     config.mesh.sequence = 128
-    with pytest.raises(UserError, match=r"mesh.sequence=128 splits the 64 rows of latents .* the nearest that does is 64"):
+    with pytest.raises(UserError, match=r"mesh.sequence=128 splits the rows .* 64 rows do not divide .* the nearest that they do is 64"):
         plan.make_plan(config, "h100:4096", bucket_name="65x512x512")
 
 

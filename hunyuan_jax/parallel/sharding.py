@@ -133,11 +133,19 @@ def _axes(name: str | None) -> tuple[str, ...]:
     return () if name is None else ACTIVATION_RULES[name]
 
 
-def split_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-    """Within a program: the same, with the rows of frames split over `sequence`. Raises `UserError` where they do not divide."""
-    parts, rows = sequence_size(), x.shape[2]
+def check_rows(rows: int, parts: int) -> None:
+    """Raises `UserError` where so many devices cannot split so many rows."""
     if rows % parts:
-        raise UserError(f"mesh.sequence={parts} splits the rows of frames and latents, but {rows} rows do not divide by it; set it lower.")
+        fitting = max(n for n in range(1, parts) if rows % n == 0)
+        raise UserError(
+            f"mesh.sequence={parts} splits the rows of frames and latents, but {rows} rows do not divide by it; the nearest that they do is "
+            f"{fitting}."
+        )
+
+
+def split_rows(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+    """Within a program: the same, with the rows of frames split over `sequence`. Raises `UserError` as `check_rows` does."""
+    check_rows(x.shape[2], sequence_size())
     return placed(x, "samples", "frames", "rows")
 
 
