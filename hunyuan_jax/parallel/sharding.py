@@ -138,8 +138,8 @@ def check_rows(rows: int, parts: int) -> None:
     if rows % parts:
         fitting = max(n for n in range(1, parts) if rows % n == 0)
         raise UserError(
-            f"mesh.sequence={parts} splits the rows of frames and latents, but {rows} rows do not divide by it; the nearest that they do is "
-            f"{fitting}."
+            f"mesh.sequence={parts} splits the rows of frames and latents, but {rows} rows do not divide by it; the nearest that they do "
+            f"is {fitting}."
         )
 
 
