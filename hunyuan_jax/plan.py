@@ -62,7 +62,7 @@ ROOM = 0.85  # of the memory, that a step may fill
 # To compile in a third of the time, without costly passes and with no more vector memory than the compiler takes by itself, since more is
 # more to try; memory is then an upper bound, and fewer exchanges are hidden. With them the hundreds of convolutions of a VAE's step take
 # hours.
-QUICKLY = {"exec_time_optimization_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
+QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
