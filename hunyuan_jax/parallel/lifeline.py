@@ -22,7 +22,6 @@ from typing import Any
 LOST = 4  # exit code of a process that has lost another
 BEAT_SECONDS = 2.0  # between two signs of life
 SILENT_SECONDS = 40.0  # without one, after which a process counts as lost; Python's lock may be held long, but not so long
-WRITTEN_SECONDS = 0.3  # for what other threads have begun to write to the log before this process's last line
 HELLO_SECONDS = 60.0  # that process 0 has to answer at the start
 BEAT, BYE, GONE = b".", b"-", b"!"  # a GONE is followed by a line that says who is
 
@@ -156,7 +155,6 @@ def _say_and_end(said: str) -> None:
         sys.stderr.flush()
         stderr = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # JAX's threads, which meet the same loss, write no more after this
-        time.sleep(WRITTEN_SECONDS)  # nor what they are writing at this moment
         os.write(stderr, f"\n{text}\n".encode())
     finally:  # whether or not anyone can be told
         os._exit(LOST)
