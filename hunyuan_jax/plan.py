@@ -59,9 +59,9 @@ LIBTPU = "libtpu==0.0.42.1"  # of the jax that is pinned
 # Shares of the peak: dense products, and the products in attention's kernels. Assumptions, to be replaced by measurements.
 EFFICIENCY = {"products": 0.8, "attention": 0.55}
 ROOM = 0.85  # of the memory, that a step may fill
-# To compile in a third of the time, without costly passes, without effort at fitting memory and with no more vector memory than the compiler takes by itself, since more is
-# more to try; memory is then an upper bound, and fewer exchanges are hidden. With them the hundreds of convolutions of a VAE's step take
-# hours.
+# To compile in a third of the time, without costly passes, without effort at fitting memory and with no more vector memory than the
+# compiler takes by itself, since more is more to try; memory is then an upper bound, and fewer exchanges are hidden. With them the hundreds
+# of convolutions of a VAE's step take hours.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
 
 
