@@ -10,7 +10,7 @@ Axis letters: B samples, L queries, M keys, H heads, d head width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -28,11 +28,18 @@ Backend = Literal["auto", "reference", "splash", "cudnn"]
 Valid = Bool[Array, "B M"] | None  # which keys count; None for all
 
 
-class Kernel(NamedTuple):
-    """`attend` and `attend_backward` of one kind."""
+Run = Callable[..., Any]  # calls its first argument, a kernel, with the others, and perhaps does something meanwhile
 
-    attend: Callable[[Array, Array, Array, Valid], tuple[Array, Array]]
+
+class Kernel(NamedTuple):
+    """`attend` and `attend_backward` of one kind; with `run=` they call nothing but their kernel by it."""
+
+    attend: Callable[..., tuple[Array, Array]]
     attend_backward: Callable[..., tuple[Array, Array, Array]]
+
+
+def alone(kernel: Callable[..., Any], *operands: Any) -> Any:
+    return kernel(*operands)
 
 
 def target_platform() -> str:
@@ -56,7 +63,7 @@ def kernel_for(backend: Backend, dtype: Any) -> Kernel:
     return SPLASH if backend_for(backend, dtype) == "splash" else REFERENCE
 
 
-def merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+def merge(one: Sequence[Array], other: Sequence[Array]) -> tuple[Array, Array]:
     """What attention over both sets of keys gives, of the results and log-sum-exps over each; results become float32."""
     (out, lse), (out2, lse2) = one, other
     joint = jnp.logaddexp(lse, lse2)
@@ -89,9 +96,12 @@ def _scores(q: Array, k: Array, valid: Valid) -> Float[Array, "B H L M"]:
     return scores if valid is None else jnp.where(valid[:, None, None, :], scores, -jnp.inf)
 
 
-def attend(q: Float[Array, "B L H d"], k: Array, v: Array, valid: Valid) -> tuple[Array, Float[Array, "B L H"]]:
+def attend(q: Float[Array, "B L H d"], k: Array, v: Array, valid: Valid, *, run: Run = alone) -> tuple[Array, Float[Array, "B L H"]]:
     """The mean of values by softmax over the valid keys, in float32, and the log of its denominator, -inf where no key is valid."""
+    return run(_attend, q, k, v, valid)
 
+
+def _attend(q: Array, k: Array, v: Array, valid: Valid) -> tuple[Array, Array]:
     def some(q: Array) -> tuple[Array, Array]:
         scores = _scores(q, k, valid)
         peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e30)
@@ -109,12 +119,16 @@ def attend(q: Float[Array, "B L H d"], k: Array, v: Array, valid: Valid) -> tupl
 
 
 def attend_backward(
-    q: Array, k: Array, v: Array, valid: Valid, out: Array, lse: Float[Array, "B L H"], slope: Array
+    q: Array, k: Array, v: Array, valid: Valid, out: Array, lse: Float[Array, "B L H"], slope: Array, *, run: Run = alone
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v, in float32, through these keys alone.
 
     `out` and `lse` are the queries' results and log-sum-exps over all keys, `slope` the gradient of the results.
     """
+    return run(_attend_backward, q, k, v, valid, out, lse, slope)
+
+
+def _attend_backward(q: Array, k: Array, v: Array, valid: Valid, out: Array, lse: Array, slope: Array) -> tuple[Array, Array, Array]:
     delta = jnp.sum(slope.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def some(carry: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
@@ -214,7 +228,7 @@ def _tokens_first(x: Array, tokens: int) -> Array:
     return jnp.swapaxes(x, 1, 2)[:, :tokens]
 
 
-def splash_attend(q: Array, k: Array, v: Array, valid: Valid) -> tuple[Array, Float[Array, "B L H"]]:
+def splash_attend(q: Array, k: Array, v: Array, valid: Valid, *, run: Run = alone) -> tuple[Array, Float[Array, "B L H"]]:
     """`attend` on a TPU; results have the dtype of q, and the log-sum-exp is about -1e38 where no key is valid."""
     padded, tokens = _Padded.of(q, k, v, valid), q.shape[1]
     kernel, settings = padded.kernel()
@@ -224,12 +238,12 @@ def splash_attend(q: Array, k: Array, v: Array, valid: Valid) -> tuple[Array, Fl
         out, (lse,) = splash._splash_attention_forward(mask, q, k, v, segments, None, save_residuals=True, **settings)
         return out, lse
 
-    out, lse = jax.vmap(one)(*padded)
+    out, lse = run(jax.vmap(one), *padded)
     return _tokens_first(out, tokens), jnp.swapaxes(lse, 1, 2)[:, :tokens]
 
 
 def splash_attend_backward(
-    q: Array, k: Array, v: Array, valid: Valid, out: Array, lse: Float[Array, "B L H"], slope: Array
+    q: Array, k: Array, v: Array, valid: Valid, out: Array, lse: Float[Array, "B L H"], slope: Array, *, run: Run = alone
 ) -> tuple[Array, Array, Array]:
     """`attend_backward` on a TPU."""
     padded, (queries, keys) = _Padded.of(q, k, v, valid), (q.shape[1], k.shape[1])
@@ -243,15 +257,18 @@ def splash_attend_backward(
     def cut(x: Array, axis: int) -> Array:
         return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis, 0)
 
-    def some(dq: Array, part: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
-        k, v, ids = part
-        segments = None if ids is None else splash.SegmentIds(q=padded.segments.q, kv=ids)  # type: ignore[union-attr]
-        more_dq, dk, dv = _splash_gradients(_Padded(padded.q, k, v, segments), out, lse, slope)
-        return dq + more_dq, (dk, dv)
+    def kernels(keys: Any, q: Array, segments: Array | None, *sides: Array) -> tuple[Array, tuple[Array, Array]]:
+        def some(dq: Array, part: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
+            k, v, ids = part
+            segment_ids = None if ids is None else splash.SegmentIds(q=segments, kv=ids)  # type: ignore[arg-type]
+            more_dq, *of_keys = _splash_gradients(_Padded(q, k, v, segment_ids), *sides)
+            return dq + more_dq, (of_keys[0], of_keys[1])
 
-    ids = None if padded.segments is None else cut(padded.segments.kv, 1)
-    dq, of_keys = jax.lax.scan(some, jnp.zeros(padded.q.shape, jnp.float32), (cut(padded.k, 2), cut(padded.v, 2), ids))
-    dk, dv = (_tokens_first(jnp.moveaxis(x, 0, 2).reshape(padded.k.shape), keys).astype(jnp.float32) for x in of_keys)
+        return jax.lax.scan(some, jnp.zeros(q.shape, jnp.float32), keys)
+
+    of_queries, of_keys = (None, None) if padded.segments is None else (padded.segments.q, cut(padded.segments.kv, 1))
+    dq, grads = run(kernels, (cut(padded.k, 2), cut(padded.v, 2), of_keys), padded.q, of_queries, out, lse, slope)
+    dk, dv = (_tokens_first(jnp.moveaxis(x, 0, 2).reshape(padded.k.shape), keys).astype(jnp.float32) for x in grads)
     return _tokens_first(dq, queries) * q.shape[-1] ** -0.5, dk, dv
 
 

@@ -1,8 +1,8 @@
 """A DiT on every mesh against one device: `python -m tests.context_cases [--cases 200] [--seed 0] [--jobs 1]`, on 8 simulated devices.
 
 A case is a random small model (heads, guidance, clean frames, recomputation), a random batch of prime or odd numbers of tokens, with texts
-from empty to full, a way to share tokens, a kernel, and the next of all meshes whose axes multiply to 8. Loss and gradients must be those
-of one device, which has the reference kernel.
+from empty to full, a way to share tokens and to exchange them, a kernel, and the next of all meshes whose axes multiply to 8. Loss and
+gradients must be those of one device, which has the reference kernel.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.dit import DiT, DiTConfig
+from hunyuan_jax.parallel import context_attention
 from hunyuan_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from hunyuan_jax.parallel.sharding import param_shardings
 
@@ -84,7 +86,8 @@ def difference(rng: np.random.Generator, sizes: tuple[int, ...]) -> tuple[str, f
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 4)), static_argnums=0)
     whole = run(dataclasses.replace(config, attention="reference"), params, *inputs)
-    with jax.set_mesh(mesh):
+    permutes = config.degree_on(mesh.shape) > 1 and bool(rng.integers(2))  # in the place of all-to-alls, as on Ironwood
+    with jax.set_mesh(mesh), mock.patch.object(context_attention, "has_asynchronous_all_to_all", return_value=not permutes):
         split = run(config, jax.device_put(params, param_shardings(shapes, mesh)), *inputs)
     split = multihost_utils.process_allgather(split, tiled=True)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(whole[1]))
@@ -93,7 +96,7 @@ def difference(rng: np.random.Generator, sizes: tuple[int, ...]) -> tuple[str, f
         scale = max(float(np.abs(one).max()), 0.1 * largest)
         worst = max(worst, float(np.abs(np.asarray(one) - np.asarray(other)).max()) / scale)
     shape = "x".join(map(str, sizes))
-    way = f"{config.context} {config.degree_on(mesh.shape)}, {config.attention}, {config.remat}"
+    way = f"{config.context} {config.degree_on(mesh.shape)}{' by permutes' * permutes}, {config.attention}, {config.remat}"
     said = f"mesh {shape}, {way}, {config.num_heads} heads, batch {batch}, image {np.prod(grid)}, text {txt} {lengths.tolist()}"
     return said, worst
 

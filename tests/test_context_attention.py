@@ -14,18 +14,22 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from hunyuan_jax.models.attention import attention
 from hunyuan_jax import attention_kernels
+from hunyuan_jax.parallel import context_attention as module
 from hunyuan_jax.parallel.context_attention import How, context_attention
 from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
 
 attention_kernels.BLOCK_SCORES = 300  # several blocks of queries
 rng = np.random.default_rng(0)
-for sizes, heads, degree, backend in (
-    ((1, 1, 8, 1), 3, 1, "reference"),
-    ((1, 1, 8, 1), 8, 8, "reference"),
-    ((1, 1, 4, 2), 12, 2, "reference"),  # three heads to a device, in two turns
-    ((2, 1, 4, 1), 2, 1, "splash"),
-    ((2, 2, 1, 2), 2, 0, "splash"),
+for sizes, heads, degree, backend, permutes in (
+    ((1, 1, 8, 1), 3, 1, "reference", False),
+    ((1, 1, 8, 1), 8, 8, "reference", False),
+    ((1, 1, 4, 2), 12, 2, "reference", False),  # three heads to a device, in two turns
+    ((1, 1, 8, 1), 4, 2, "reference", True),  # four groups in a ring
+    ((2, 1, 4, 1), 4, 4, "reference", True),
+    ((2, 1, 4, 1), 2, 1, "splash", False),
+    ((2, 2, 1, 2), 2, 0, "splash", False),
 ):
+    module.has_asynchronous_all_to_all = lambda: not permutes
     length, padded, txt = 53, 56, 7
     x = [rng.normal(size=(3, n, heads, 4)).astype(np.float32) for n in 3 * (padded,) + 3 * (txt,)]
     lengths = np.array([0, 3, 7], np.int32)
@@ -50,7 +54,7 @@ for sizes, heads, degree, backend in (
     assert abs(value - value2) <= 1e-5 * max(1, abs(value)), (value, value2)
     for one, other in zip(grads, grads2):
         error = np.abs(np.asarray(one) - np.asarray(other)).max() / np.abs(one).max()
-        assert error <= 5e-6, (sizes, degree, backend, error)
+        assert error <= 5e-6, (sizes, degree, backend, permutes, error)
 print("equal")
 """
 

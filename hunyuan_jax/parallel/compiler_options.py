@@ -33,8 +33,13 @@ _OVERLAPPED_ALL_GATHER = {
 }
 
 # Ironwood's compiler (libtpu 0.0.42) aborts over some of the sums that it gives to SparseCores, as it does unless told otherwise. With all
-# of its vector memory to work with, the temporaries of a ring of 30,720 tokens to a device stay within 5 GiB.
-IRONWOOD = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": "false", "xla_tpu_scoped_vmem_limit_kib": "65536"}
+# of its vector memory to work with, the temporaries of a ring of 30,720 tokens to a device stay within 5 GiB. And as many permutes may be
+# on their way at once as take the place of an all-to-all there, one to each of the others that share heads.
+IRONWOOD = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "false",
+    "xla_tpu_scoped_vmem_limit_kib": "65536",
+    "xla_max_concurrent_async_collective_permutes": "32",
+}
 
 OPTIONS: dict[Generation, dict[str, str]] = {
     "v4": _OVERLAPPED_ALL_GATHER,

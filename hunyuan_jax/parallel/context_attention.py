@@ -7,9 +7,10 @@
     both             all-to-all within groups of neighbours, a ring between the groups: more devices than there are heads for
 
 The ring has its own backward pass, since a derivative of the forward one would keep every block: scores are made again from the saved
-log-sum-exp, gradients of keys and values travel with these and are home when the ring closes. Batches stay split over `data` and
-`fsdp`, heads over `tensor`. Liu et al. 2023 (ring attention), Jacobs et al. 2023 (Ulysses). Results and log-sum-exps bear the name
-`SAVED`, for recomputation that keeps them.
+log-sum-exp, gradients of keys and values travel with these and are home when the ring closes. Each exchange is made beside an attention
+that does not need it, of other keys, other heads or the text, as a `_Stage`; but for the first of tokens for heads, which all wait for.
+Batches stay split over `data` and `fsdp`, heads over `tensor`. Liu et al. 2023 (ring attention), Jacobs et al. 2023 (Ulysses). Results and
+log-sum-exps bear the name `SAVED`, for recomputation that keeps them.
 
 Axis letters: B samples, L image tokens (padded to a multiple of the devices), S text tokens, H heads, d head width; M keys of a block.
 """
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from hunyuan_jax.attention_kernels import SAVED, Backend, Kernel, Valid, kernel_for, merge
+from hunyuan_jax.attention_kernels import SAVED, Backend, Kernel, Run, Valid, alone, kernel_for, merge
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.parallel.mesh import SEQUENCE
 from hunyuan_jax.parallel.sharding import spec
@@ -32,10 +33,50 @@ IMAGE, TEXT, SAMPLES = spec("samples", "image tokens", "heads"), spec("samples",
 
 Method = Literal["ring", "heads"]
 
-MOST_TURNS = 2  # in which heads are exchanged, while those of the other are met: more would wait for each other
+MOST_TURNS = 2  # in which heads are exchanged, each while those of the other are met
 
 
 # --- On one device of the mesh -------------------------------------------------------------------------------------------------
+
+
+class _Exchange:
+    """What is sent, how, and what is made of what comes: `brought`, once a stage has run."""
+
+    def __init__(self, sent: Any, carry: Callable[[Any], Any], arrive: Callable[[Any], list[Array]]) -> None:
+        self.sent, self.carry, self.arrive = sent, carry, arrive
+        self.brought: list[Array] = []
+
+
+class _Stage:
+    """Exchanges, and attention that runs beside them.
+
+    A compiler that finds other things to do beside an exchange does them, and attention later. So nothing here begins before the operands
+    of all are there, and of what any of it brings nothing is made before all are done; where `close` these lines are drawn around the
+    kernel instead of all that attention does. `idle` are lists of what is of use later: kept back likewise, in its place, lest something be
+    made of it meanwhile.
+    """
+
+    def __init__(self, *exchanges: _Exchange, idle: Sequence[list[Any]] = (), close: bool = True, fenced: bool = True) -> None:
+        self.exchanges, self.idle, self.close = exchanges, idle, close
+        self._fence = jax.lax.optimization_barrier if fenced and jax.tree.leaves([x.sent for x in exchanges]) else lambda tree: tree
+
+    def attend(self, function: Callable[..., Any], *operands: Any) -> Any:
+        return function(*operands, run=self._run) if self.close else self._run(function, *operands)
+
+    def _run(self, kernel: Callable[..., Any], *operands: Any) -> Any:
+        sent, operands, idle = self._fence(([exchange.sent for exchange in self.exchanges], operands, tuple(self.idle)))
+        come = [exchange.carry(x) for exchange, x in zip(self.exchanges, sent, strict=True)]
+        come, results, idle = self._fence((come, kernel(*operands), idle))
+        for exchange, x in zip(self.exchanges, come, strict=True):
+            exchange.brought = exchange.arrive(x)
+        for of_use, same in zip(self.idle, idle, strict=True):
+            of_use[:] = same
+        return results
+
+
+def _nothing(arrays: Sequence[Array]) -> _Exchange:
+    """Arrays that stay where they are."""
+    return _Exchange((), lambda nothing: nothing, lambda _: list(arrays))
 
 
 class _Place:
@@ -49,21 +90,48 @@ class _Place:
         self._groups = [list(range(start, start + degree)) for start in range(0, self.size, degree)]
         self._next = [(rank, (rank + degree) % self.size) for rank in range(self.size)]
 
-    def tokens_for_heads(self, *arrays: Float[Array, "B l H d"]) -> tuple[Float[Array, "B l2 h d"], ...]:
+    def pass_on(self, *arrays: Array) -> _Exchange:
+        """To the next group of the ring, and from the one before; where there is but one group they stay."""
+        if self.hops == 1:
+            return _nothing(arrays)
+        return _Exchange(arrays, lambda arrays: jax.lax.ppermute(arrays, SEQUENCE, self._next), list)
+
+    def tokens_for_heads(self, *arrays: Float[Array, "B l H d"]) -> _Exchange:
         """All tokens of the group, of this device's share of the heads."""
         return self._exchange(arrays, split_axis=2, concat_axis=1)
 
-    def heads_for_tokens(self, *arrays: Float[Array, "B l2 h d"]) -> tuple[Float[Array, "B l H d"], ...]:
+    def heads_for_tokens(self, *arrays: Float[Array, "B l2 h d"]) -> _Exchange:
         """The way back."""
         return self._exchange(arrays, split_axis=1, concat_axis=2)
 
-    def _exchange(self, arrays: tuple[Array, ...], **axes: int) -> tuple[Array, ...]:
+    def _exchange(self, arrays: Sequence[Array], *, split_axis: int, concat_axis: int) -> _Exchange:
         """Of several arrays in one, as if they were samples: each exchange of its own would wait for the one before."""
-        if self.degree == 1:
-            return arrays
-        whole = jnp.concatenate(arrays)
-        whole = jax.lax.all_to_all(whole, SEQUENCE, axis_index_groups=self._groups, tiled=True, **axes)
-        return tuple(jnp.split(whole, len(arrays)))
+        if self.degree == 1 or not arrays:
+            return _nothing(arrays)
+        parts = jnp.stack(jnp.split(jnp.concatenate(arrays), self.degree, split_axis))
+        sent, carry, arrive = self._all_to_all(parts) if has_asynchronous_all_to_all() else self._permutes(parts)
+        return _Exchange(sent, carry, lambda come: jnp.split(jnp.concatenate(list(arrive(come)), concat_axis), len(arrays)))
+
+    def _all_to_all(self, parts: Array) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Array]]:
+        carry = lambda parts: jax.lax.all_to_all(parts, SEQUENCE, 0, 0, axis_index_groups=self._groups, tiled=True)  # noqa: E731
+        return parts, carry, lambda come: come
+
+    def _permutes(self, parts: Array) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Array]]:
+        """Each to the neighbour that stands so many further."""
+        others = range(1, self.degree)
+        pairs = [[(group[n], group[(n + away) % self.degree]) for group in self._groups for n in range(self.degree)] for away in others]
+        sent = [jax.lax.dynamic_index_in_dim(parts, (self.share + away) % self.degree, keepdims=False) for away in others]
+
+        def carry(sent: list[Array]) -> list[Array]:
+            return [jax.lax.ppermute(x, SEQUENCE, to) for x, to in zip(sent, pairs, strict=True)]
+
+        def arrive(come: list[Array]) -> Array:
+            whole = parts
+            for away, x in zip(others, come, strict=True):
+                whole = jax.lax.dynamic_update_index_in_dim(whole, x, (self.share - away) % self.degree, 0)
+            return whole
+
+        return sent, carry, arrive
 
     def turns(self, *arrays: Float[Array, "B L H ..."]) -> list[list[Array]]:
         """The heads in parts as equal as can be that all who share them divide: one part is exchanged while another one is met."""
@@ -71,14 +139,6 @@ class _Place:
         count = min(MOST_TURNS, heads) if self.degree > 1 else 1
         ends = [self.degree * (heads * n // count) for n in range(1, count)]
         return [list(parts) for parts in zip(*(jnp.split(x, ends, axis=2) for x in arrays), strict=True)]
-
-    def pass_on(self, tree: Any) -> Any:
-        """To the next group of the ring, and from the one before."""
-        return jax.lax.ppermute(tree, SEQUENCE, self._next)
-
-    def after(self, tree: Any, before: Any) -> Any:
-        """Both as they are; in a ring nothing is made of `tree` until `before` is there, lest two turns' rings get in each other's way."""
-        return jax.lax.optimization_barrier((tree, before)) if self.hops > 1 else (tree, before)
 
     def valid(self, length: int, block: int, hop: Array | int) -> Valid:
         """Which keys are tokens and not padding, of the block that has come over `hop` groups; None for all."""
@@ -103,35 +163,42 @@ def _heads(parts: Sequence[Array]) -> Array:
 
 def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_lengths: Array, *, how: "How") -> Any:
     """Results of this device's image tokens, and of all text tokens; and what the way back needs."""
-    place, attend = _Place(how.degree), how.kernel(v).attend
-    text = [[place.my_heads(x) for x in turn] for turn in place.turns(tq, tk, tv)]
+    place, attend, dtype = _Place(how.degree), how.kernel(v).attend, v.dtype
     txt_valid = jnp.arange(tk.shape[1]) < txt_lengths[:, None]
-    images: list[Any] = []
+    texts = [[place.my_heads(x) for x in turn] for turn in place.turns(tq, tk, tv)]
+    turns = place.turns(q, k, v)
+    coming, leaving = place.tokens_for_heads(*turns.pop(0)), place.heads_for_tokens()
+    _Stage(coming).attend(lambda run: run(lambda: None))  # the prologue, which no kernel can run beside
     kept: list[Any] = []
-    lses: list[Any] = []
-    parts: list[Any] = []
-    for image, (_, tk, tv) in zip(place.turns(q, k, v), text, strict=True):
-        q, k, v = place.tokens_for_heads(*image)
-        if kept:
-            (q, k, v), lses[-1] = place.after((q, k, v), lses[-1])
+    lses: list[Array] = []
+    images: list[Array] = []
+    for number in range(len(texts)):
+        (q, k, v), (_, tk, tv) = coming.brought, texts[number]
         every = functools.partial(place.valid, how.length, k.shape[1])
 
         def hop(carry: Any, number: Array) -> tuple[Any, None]:
             (k, v), state = carry
-            coming = place.pass_on((k, v))  # while this block is met
-            return (coming, merge(state, attend(q, k, v, every(number)))), None  # noqa: B023
+            keys = place.pass_on(k, v)
+            met = _Stage(keys, fenced=place.hops == 2).attend(attend, q, k, v, every(number))  # noqa: B023
+            return (keys.brought, list(merge(state, met))), None
 
         with_text, with_text_lse = attend(q, tk, tv, txt_valid)
-        (last, state), _ = jax.lax.scan(hop, ((k, v), (with_text.astype(jnp.float32), with_text_lse)), jnp.arange(place.hops - 1))
-        out, lse = merge(state, attend(q, last[0], last[1], every(place.hops - 1)))
-        images += place.heads_for_tokens(out.astype(v.dtype))
+        start = [k, v], [with_text.astype(jnp.float32), with_text_lse]
+        (keys, state), _ = jax.lax.scan(hop, start, jnp.arange(place.hops - 1))
         kept.append((q, k, v))
+        coming = place.tokens_for_heads(*(turns.pop(0) if turns else ()))
+        stage = _Stage(coming, leaving, idle=(texts, turns, kept, lses, images, state))
+        out, lse = merge(state, stage.attend(attend, q, *keys, every(place.hops - 1)))
+        images += leaving.brought
         lses.append(lse)
-    for (_, k, v), (tq, tk, tv) in zip(kept, text, strict=True):
-        every = functools.partial(place.valid, how.length, k.shape[1])
-        of_image = attend(tq, k, v, every(0))
-        of_text = attend(tq, tk, tv, txt_valid & (place.group == 0))
-        parts.append(merge(of_image, of_text))
+        leaving = place.heads_for_tokens(out.astype(dtype))
+    parts: list[Any] = []
+    for number in range(len(texts)):
+        (_, k, v), (tq, tk, tv) = kept[number], texts[number]
+        stage = _Stage(*(() if number else (leaving,)), idle=(texts, kept, lses, images))
+        of_image = stage.attend(attend, tq, k, v, place.valid(how.length, k.shape[1], 0))
+        parts.append(merge(of_image, attend(tq, tk, tv, txt_valid & (place.group == 0))))
+    images += leaving.brought
 
     part_lse = _heads([place.among_all(lse, fill=-jnp.inf) for _, lse in parts])
     peak = jnp.maximum(jax.lax.pmax(part_lse, SEQUENCE), -1e30)
@@ -140,50 +207,86 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
     part = _heads([place.among_all(part, fill=0.0) for part, _ in parts])
     txt_out = jax.lax.psum(part * share[..., None], SEQUENCE) / jnp.maximum(total, 1e-30)[..., None]
     txt_lse = peak + jnp.log(total)
-    return (_heads(images), txt_out.astype(v.dtype)), (kept, (lses, txt_lse))
+    return (_heads(images), txt_out.astype(dtype)), (kept, (lses, txt_lse))
 
 
 def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any, slopes: Any, *, how: "How") -> tuple[Array, ...]:
     """Gradients of all six inputs; those of text are summed over the devices, each of which has met other keys or queries."""
     (lses, txt_lse), dtype = sums, kept[0][2].dtype
     place, attend_backward = _Place(how.degree), how.kernel(kept[0][2]).attend_backward
-    of_text_queries = [[place.my_heads(x) for x in turn] for turn in place.turns(*text, txt_lse, results[1], slopes[1])]
     txt_valid = jnp.arange(text[1].shape[1]) < txt_lengths[:, None]
-    image: list[Any] = []
-    of_text: list[Any] = []
     like_keys = lambda *grads: tuple(x.astype(dtype) for x in grads)  # noqa: E731
-    turns = zip(kept, lses, of_text_queries, place.turns(results[0], slopes[0]), strict=True)
-    for (q, k, v), lse, (tq, tk, tv, txt_lse, txt_out, txt_slope), sides in turns:
-        out, slope = place.tokens_for_heads(*sides)
-        if of_text:
-            (out, slope), of_text[-1] = place.after((out, slope), of_text[-1])
+    plus = lambda some, more: tuple(one + other for one, other in zip(some, more, strict=True))  # noqa: E731
+
+    def of_keys_here(*operands: Any, run: Run = alone) -> tuple[Array, tuple[Array, ...]]:
+        """The gradient of queries, and those of the keys and values as exact as these are."""
+        dq, *of_keys = attend_backward(*operands, run=run)
+        return dq, like_keys(*of_keys)
+
+    texts = [[place.my_heads(x) for x in turn] for turn in place.turns(*text, results[1], txt_lse, slopes[1])]
+    sides = place.turns(results[0], slopes[0])
+    coming, leaving = place.tokens_for_heads(*sides.pop(0)), place.heads_for_tokens()
+    by_text: list[Any] = []
+    for number in range(len(texts)):
+        (_, k, v), (tq, _, _, *side) = kept[number], texts[number]
+        stage = _Stage(*(() if number else (coming,)), idle=(texts, sides, kept, lses, by_text))
+        by_text.append(stage.attend(of_keys_here, tq, k, v, place.valid(how.length, k.shape[1], 0), *side))
+    images: list[Any] = []
+    of_text: list[Any] = []
+    later = texts, sides, kept, lses, by_text, images, of_text
+    # With heads shared, lines are drawn closely, and the last hop, which sends no keys on, is no part of the loop. Without, arrays of all
+    # heads are held, for which that takes too much memory, and there is less to do meanwhile.
+    close = place.degree > 1
+    looped = place.hops - 2 if close else place.hops - 1
+    for number in range(len(texts)):
+        (q, k, v), lse, (_, tk, tv, *_), (out, slope) = kept[number], lses[number], texts[number], coming.brought
         every = functools.partial(place.valid, how.length, k.shape[1])
 
         def hop(carry: Any, number: Array) -> tuple[Any, None]:
-            (k, v), (dk, dv), dq = carry
-            # Keys go ahead, and what others have found of their gradients follows one hop behind, as exact as keys are: both while
-            # this block is met.
-            coming, (dk, dv) = place.pass_on((k, v)), place.pass_on((dk, dv))
-            more_dq, more_dk, more_dv = attend_backward(q, k, v, every(number), out, lse, slope)  # noqa: B023
-            return (coming, like_keys(dk + more_dk, dv + more_dv), dq + more_dq), None
+            # Keys go ahead, and what others have found of their gradients follows one hop behind.
+            (k, v), of_keys, dq = carry
+            keys, grads = place.pass_on(k, v), place.pass_on(*of_keys)
+            stage = _Stage(keys, grads, fenced=looped == 1)
+            more_dq, *more = stage.attend(attend_backward, q, k, v, every(number), out, lse, slope)  # noqa: B023
+            return (keys.brought, like_keys(*plus(grads.brought, more)), dq + more_dq), None
 
-        with_text = attend_backward(q, tk, tv, txt_valid, out, lse, slope)
-        coming = place.pass_on((k, v)) if place.hops > 1 else (k, v)
-        dq, *of_keys = attend_backward(q, k, v, every(0), out, lse, slope)
-        (_, (dk, dv), dq), _ = jax.lax.scan(hop, (coming, like_keys(*of_keys), dq), jnp.arange(1, place.hops))
+        coming = place.tokens_for_heads(*(sides.pop(0) if sides else ()))
+        keys = place.pass_on(k, v)
+        stage = _Stage(coming, leaving, keys, idle=later, close=close)
+        dq, of_keys = stage.attend(of_keys_here, q, k, v, every(0), out, lse, slope)
+        images.append(leaving.brought)
         if place.hops > 1:
-            dk, dv = place.pass_on((dk, dv))  # home, while text is met
-        of_image = attend_backward(tq, k, v, every(0), txt_out, txt_lse, txt_slope)
-        image.append(place.heads_for_tokens(*like_keys(dq + with_text[0], dk + of_image[1], dv + of_image[2])))
-        of_text.append((of_image[0], with_text[1], with_text[2]))
-    for n, (tq, tk, tv, txt_lse, txt_out, txt_slope) in enumerate(of_text_queries):
-        among_text = attend_backward(tq, tk, tv, txt_valid & (place.group == 0), txt_out, txt_lse, txt_slope)
-        of_text[n] = tuple(place.among_all(one + other, fill=0.0) for one, other in zip(of_text[n], among_text, strict=True))
+            (last, of_keys, dq), _ = jax.lax.scan(hop, (keys.brought, of_keys, dq), jnp.arange(1, looped + 1))
+        if place.hops > 1 and close:
+            grads = place.pass_on(*of_keys)
+            so_far = [dq]
+            stage = _Stage(grads, idle=(coming.brought, *later, so_far), close=close)
+            more_dq, more = stage.attend(of_keys_here, q, *last, every(place.hops - 1), out, lse, slope)
+            dq, of_keys = so_far[0] + more_dq, plus(grads.brought, more)
+        grads = place.pass_on(*of_keys)  # home
+        so_far = [dq]
+        stage = _Stage(grads, idle=(coming.brought, *later, so_far), close=close)
+        more_dq, *of_text_keys = stage.attend(attend_backward, q, tk, tv, txt_valid, out, lse, slope)
+        dtq, more = by_text[number]
+        leaving = place.heads_for_tokens(*like_keys(so_far[0] + more_dq), *plus(grads.brought, more))
+        of_text.append((dtq, *of_text_keys))
+    for number in range(len(texts)):
+        tq, tk, tv, *side = texts[number]
+        stage = _Stage(*(() if number else (leaving,)), idle=(texts, images, of_text))
+        among_text = stage.attend(attend_backward, tq, tk, tv, txt_valid & (place.group == 0), *side)
+        of_text[number] = tuple(place.among_all(x, fill=0.0) for x in plus(of_text[number], among_text))
+    images.append(leaving.brought)
     whole = (jax.lax.psum(_heads(x), SEQUENCE).astype(dtype) for x in zip(*of_text, strict=True))
-    return (*(_heads(x) for x in zip(*image, strict=True)), *whole)
+    return (*(_heads(x) for x in zip(*images[1:], strict=True)), *whole)
 
 
 # --- On the mesh ---------------------------------------------------------------------------------------------------------------
+
+
+def has_asynchronous_all_to_all() -> bool:
+    """Whether the compiler that is at work can run kernels beside an all-to-all. Ironwood's cannot, but beside permutes."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or not device.device_kind.startswith("TPU7x")
 
 
 class How(NamedTuple):
