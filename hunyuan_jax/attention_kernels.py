@@ -26,8 +26,6 @@ BLOCK_SCORES = 2**21  # scores that the reference holds at a time
 
 Backend = Literal["auto", "reference", "splash", "cudnn"]
 Valid = Bool[Array, "B M"] | None  # which keys count; None for all
-
-
 Run = Callable[..., Any]  # calls its first argument, a kernel, with the others, and perhaps does something meanwhile
 
 
@@ -39,6 +37,7 @@ class Kernel(NamedTuple):
 
 
 def alone(kernel: Callable[..., Any], *operands: Any) -> Any:
+    """A `Run` that does nothing meanwhile."""
     return kernel(*operands)
 
 

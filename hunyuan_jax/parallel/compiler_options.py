@@ -101,11 +101,16 @@ OVERLAPPED = {"xla_tpu_enable_all_experimental_scheduler_features": "true", "xla
 def step_options(device_kind: str, *, tuned: bool) -> dict[str, str]:
     """What a training step is compiled with; where `tuned`, with all of the generation's options, which takes longer to compile."""
     always = OVERLAPPED if device_kind.startswith("TPU") else {}
-    of_generation = IRONWOOD if device_kind.startswith("TPU7x") else {}
+    of_generation = IRONWOOD if generation_of(device_kind) == "tpu7x" else {}
     return always | (compiler_options(device_kind) if tuned else of_generation)
+
+
+def generation_of(device_kind: str) -> Generation | None:
+    """The generation of devices of a kind, None for CPUs and for kinds that are not known."""
+    return next((found for beginning, found in DEVICE_KINDS if device_kind.startswith(beginning)), None)
 
 
 def compiler_options(device_kind: str) -> dict[str, str]:
     """The options for devices of a kind, which is `device_kind` of a `jax.Device`; none for CPUs and for kinds that are not known."""
-    generation = next((found for beginning, found in DEVICE_KINDS if device_kind.startswith(beginning)), None)
+    generation = generation_of(device_kind)
     return dict(OPTIONS[generation]) if generation else {}

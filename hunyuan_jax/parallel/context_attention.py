@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from hunyuan_jax.attention_kernels import SAVED, Backend, Kernel, Run, Valid, alone, kernel_for, merge
 from hunyuan_jax.errors import UserError
+from hunyuan_jax.parallel.compiler_options import generation_of
 from hunyuan_jax.parallel.mesh import SEQUENCE
 from hunyuan_jax.parallel.sharding import spec
 
@@ -260,7 +261,7 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
         if place.hops > 1 and close:
             grads = place.pass_on(*of_keys)
             so_far = [dq]
-            stage = _Stage(grads, idle=(coming.brought, *later, so_far), close=close)
+            stage = _Stage(grads, idle=(coming.brought, *later, so_far))
             more_dq, more = stage.attend(of_keys_here, q, *last, every(place.hops - 1), out, lse, slope)
             dq, of_keys = so_far[0] + more_dq, plus(grads.brought, more)
         grads = place.pass_on(*of_keys)  # home
@@ -286,7 +287,7 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
 def has_asynchronous_all_to_all() -> bool:
     """Whether the compiler that is at work can run kernels beside an all-to-all. Ironwood's cannot, but beside permutes."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is None or not device.device_kind.startswith("TPU7x")
+    return device is None or generation_of(device.device_kind) != "tpu7x"
 
 
 class How(NamedTuple):
