@@ -174,22 +174,13 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
     lses: list[Array] = []
     images: list[Array] = []
     for number in range(len(texts)):
-        (q, k, v), (_, tk, tv) = coming.brought, texts[number]
-        every = functools.partial(place.valid, how.length, k.shape[1])
-
-        def hop(carry: Any, number: Array) -> tuple[Any, None]:
-            (k, v), state = carry
-            keys = place.pass_on(k, v)
-            met = _Stage(keys, fenced=place.hops == 2).attend(attend, q, k, v, every(number))  # noqa: B023
-            return (keys.brought, list(merge(state, met))), None
-
+        (q, *keys), (_, tk, tv) = coming.brought, texts[number]
         with_text, with_text_lse = attend(q, tk, tv, txt_valid)
-        start = [k, v], [with_text.astype(jnp.float32), with_text_lse]
-        (keys, state), _ = jax.lax.scan(hop, start, jnp.arange(place.hops - 1))
-        kept.append((q, k, v))
+        kept.append((q, *keys))
+        keys, state = _ring(place, attend, how.length, q, keys, [with_text.astype(jnp.float32), with_text_lse])
         coming = place.tokens_for_heads(*(turns.pop(0) if turns else ()))
         stage = _Stage(coming, leaving, idle=(texts, turns, kept, lses, images, state))
-        out, lse = merge(state, stage.attend(attend, q, *keys, every(place.hops - 1)))
+        out, lse = merge(state, stage.attend(attend, q, *keys, place.valid(how.length, keys[0].shape[1], place.hops - 1)))
         images += leaving.brought
         lses.append(lse)
         leaving = place.heads_for_tokens(out.astype(dtype))
@@ -200,30 +191,40 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
         of_image = stage.attend(attend, tq, k, v, place.valid(how.length, k.shape[1], 0))
         parts.append(merge(of_image, attend(tq, tk, tv, txt_valid & (place.group == 0))))
     images += leaving.brought
+    txt_out, txt_lse = _merged(place, parts)
+    return (_heads(images), txt_out.astype(dtype)), (kept, (lses, txt_lse))
 
+
+def _ring(
+    place: _Place, attend: Callable[..., Any], length: int, q: Array, keys: list[Array], state: list[Array]
+) -> tuple[list[Array], list[Array]]:
+    """Queries meet the keys and values of all groups, merged into `state`, but for the last to come: these, and what is merged."""
+
+    def hop(carry: Any, number: Array) -> tuple[Any, None]:
+        (k, v), state = carry
+        keys = place.pass_on(k, v)
+        met = _Stage(keys, fenced=place.hops == 2).attend(attend, q, k, v, place.valid(length, k.shape[1], number))
+        return (keys.brought, list(merge(state, met))), None
+
+    return jax.lax.scan(hop, (keys, state), jnp.arange(place.hops - 1))[0]
+
+
+def _merged(place: _Place, parts: Sequence[tuple[Array, Array]]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H"]]:
+    """Results and log-sum-exps of text, of which each device has those by the keys it has met, of its heads in turns."""
     part_lse = _heads([place.among_all(lse, fill=-jnp.inf) for _, lse in parts])
     peak = jnp.maximum(jax.lax.pmax(part_lse, SEQUENCE), -1e30)
     share = jnp.exp(part_lse - peak)
     total = jax.lax.psum(share, SEQUENCE)
     part = _heads([place.among_all(part, fill=0.0) for part, _ in parts])
-    txt_out = jax.lax.psum(part * share[..., None], SEQUENCE) / jnp.maximum(total, 1e-30)[..., None]
-    txt_lse = peak + jnp.log(total)
-    return (_heads(images), txt_out.astype(dtype)), (kept, (lses, txt_lse))
+    return jax.lax.psum(part * share[..., None], SEQUENCE) / jnp.maximum(total, 1e-30)[..., None], peak + jnp.log(total)
 
 
 def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any, slopes: Any, *, how: "How") -> tuple[Array, ...]:
     """Gradients of all six inputs; those of text are summed over the devices, each of which has met other keys or queries."""
     (lses, txt_lse), dtype = sums, kept[0][2].dtype
     place, attend_backward = _Place(how.degree), how.kernel(kept[0][2]).attend_backward
+    here = functools.partial(_backward_here, attend_backward)
     txt_valid = jnp.arange(text[1].shape[1]) < txt_lengths[:, None]
-    like_keys = lambda *grads: tuple(x.astype(dtype) for x in grads)  # noqa: E731
-    plus = lambda some, more: tuple(one + other for one, other in zip(some, more, strict=True))  # noqa: E731
-
-    def of_keys_here(*operands: Any, run: Run = alone) -> tuple[Array, tuple[Array, ...]]:
-        """The gradient of queries, and those of the keys and values as exact as these are."""
-        dq, *of_keys = attend_backward(*operands, run=run)
-        return dq, like_keys(*of_keys)
-
     texts = [[place.my_heads(x) for x in turn] for turn in place.turns(*text, results[1], txt_lse, slopes[1])]
     sides = place.turns(results[0], slopes[0])
     coming, leaving = place.tokens_for_heads(*sides.pop(0)), place.heads_for_tokens()
@@ -231,54 +232,85 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
     for number in range(len(texts)):
         (_, k, v), (tq, _, _, *side) = kept[number], texts[number]
         stage = _Stage(*(() if number else (coming,)), idle=(texts, sides, kept, lses, by_text))
-        by_text.append(stage.attend(of_keys_here, tq, k, v, place.valid(how.length, k.shape[1], 0), *side))
+        by_text.append(stage.attend(here, tq, k, v, place.valid(how.length, k.shape[1], 0), *side))
     images: list[Any] = []
     of_text: list[Any] = []
-    later = texts, sides, kept, lses, by_text, images, of_text
-    # With heads shared, lines are drawn closely, and the last hop, which sends no keys on, is no part of the loop. Without, arrays of all
-    # heads are held, for which that takes too much memory, and there is less to do meanwhile.
-    close = place.degree > 1
-    looped = place.hops - 2 if close else place.hops - 1
     for number in range(len(texts)):
         (q, k, v), lse, (_, tk, tv, *_), (out, slope) = kept[number], lses[number], texts[number], coming.brought
-        every = functools.partial(place.valid, how.length, k.shape[1])
-
-        def hop(carry: Any, number: Array) -> tuple[Any, None]:
-            # Keys go ahead, and what others have found of their gradients follows one hop behind.
-            (k, v), of_keys, dq = carry
-            keys, grads = place.pass_on(k, v), place.pass_on(*of_keys)
-            stage = _Stage(keys, grads, fenced=looped == 1)
-            more_dq, *more = stage.attend(attend_backward, q, k, v, every(number), out, lse, slope)  # noqa: B023
-            return (keys.brought, like_keys(*plus(grads.brought, more)), dq + more_dq), None
-
         coming = place.tokens_for_heads(*(sides.pop(0) if sides else ()))
-        keys = place.pass_on(k, v)
-        stage = _Stage(coming, leaving, keys, idle=later, close=close)
-        dq, of_keys = stage.attend(of_keys_here, q, k, v, every(0), out, lse, slope)
+        idle = texts, sides, kept, lses, by_text, images, of_text
+        turn = q, k, v, out, lse, slope
+        dq, of_keys, of_text_keys = _ring_backward(place, attend_backward, how.length, turn, (tk, tv, txt_valid), (coming, leaving), idle)
         images.append(leaving.brought)
-        if place.hops > 1:
-            (last, of_keys, dq), _ = jax.lax.scan(hop, (keys.brought, of_keys, dq), jnp.arange(1, looped + 1))
-        if place.hops > 1 and close:
-            grads = place.pass_on(*of_keys)
-            so_far = [dq]
-            stage = _Stage(grads, idle=(coming.brought, *later, so_far))
-            more_dq, more = stage.attend(of_keys_here, q, *last, every(place.hops - 1), out, lse, slope)
-            dq, of_keys = so_far[0] + more_dq, plus(grads.brought, more)
-        grads = place.pass_on(*of_keys)  # home
-        so_far = [dq]
-        stage = _Stage(grads, idle=(coming.brought, *later, so_far), close=close)
-        more_dq, *of_text_keys = stage.attend(attend_backward, q, tk, tv, txt_valid, out, lse, slope)
         dtq, more = by_text[number]
-        leaving = place.heads_for_tokens(*like_keys(so_far[0] + more_dq), *plus(grads.brought, more))
+        leaving = place.heads_for_tokens(*_like(v, dq), *_plus(of_keys, more))
         of_text.append((dtq, *of_text_keys))
     for number in range(len(texts)):
         tq, tk, tv, *side = texts[number]
         stage = _Stage(*(() if number else (leaving,)), idle=(texts, images, of_text))
         among_text = stage.attend(attend_backward, tq, tk, tv, txt_valid & (place.group == 0), *side)
-        of_text[number] = tuple(place.among_all(x, fill=0.0) for x in plus(of_text[number], among_text))
+        of_text[number] = tuple(place.among_all(x, fill=0.0) for x in _plus(of_text[number], among_text))
     images.append(leaving.brought)
     whole = (jax.lax.psum(_heads(x), SEQUENCE).astype(dtype) for x in zip(*of_text, strict=True))
     return (*(_heads(x) for x in zip(*images[1:], strict=True)), *whole)
+
+
+def _ring_backward(
+    place: _Place,
+    attend_backward: Callable[..., Any],
+    length: int,
+    turn: tuple[Array, ...],
+    text: tuple[Array, Array, Valid],
+    exchanges: Sequence[_Exchange],
+    idle: Sequence[list[Any]],
+) -> tuple[Array, Sequence[Array], Sequence[Array]]:
+    """Gradients of a turn's queries through all keys, of the image's keys and values that stand here, and of the text's.
+
+    `turn` is queries, keys, values, results, log-sum-exps and slopes, `text` keys, values and which are valid. `exchanges` are made beside
+    the first kernel, `idle` is held back meanwhile.
+    """
+    q, k, v, *side = turn
+    every, here = functools.partial(place.valid, length, k.shape[1]), functools.partial(_backward_here, attend_backward)
+    # With heads shared, lines are drawn closely, and the last hop, which sends no keys on, is no part of the loop. Without, arrays of all
+    # heads are held, for which that takes too much memory, and there is less to do meanwhile.
+    close = place.degree > 1
+    looped = place.hops - 2 if close else place.hops - 1
+
+    def hop(carry: Any, number: Array) -> tuple[Any, None]:
+        # Keys go ahead, and what others have found of their gradients follows one hop behind.
+        (k, v), of_keys, dq = carry
+        keys, grads = place.pass_on(k, v), place.pass_on(*of_keys)
+        stage = _Stage(keys, grads, fenced=looped == 1)
+        more_dq, *more = stage.attend(attend_backward, q, k, v, every(number), *side)
+        return (keys.brought, _like(v, *_plus(grads.brought, more)), dq + more_dq), None
+
+    keys = place.pass_on(k, v)
+    dq, of_keys = _Stage(*exchanges, keys, idle=idle, close=close).attend(here, q, k, v, every(0), *side)
+    so_far: list[Array] = []
+    idle = *(exchange.brought for exchange in exchanges), *idle, so_far
+    if place.hops > 1:
+        (last, of_keys, dq), _ = jax.lax.scan(hop, (keys.brought, of_keys, dq), jnp.arange(1, looped + 1))
+    if place.hops > 1 and close:
+        grads, so_far[:] = place.pass_on(*of_keys), [dq]
+        more_dq, more = _Stage(grads, idle=idle).attend(here, q, *last, every(place.hops - 1), *side)
+        dq, of_keys = so_far[0] + more_dq, _plus(grads.brought, more)
+    grads, so_far[:] = place.pass_on(*of_keys), [dq]  # home
+    more_dq, *of_text_keys = _Stage(grads, idle=idle, close=close).attend(attend_backward, q, *text, *side)
+    return so_far[0] + more_dq, grads.brought, of_text_keys
+
+
+def _backward_here(attend_backward: Callable[..., Any], q: Array, k: Array, v: Array, *more: Any, run: Run = alone) -> Any:
+    """The gradient of queries, and those of the keys and values as exact as these are."""
+    dq, *of_keys = attend_backward(q, k, v, *more, run=run)
+    return dq, _like(v, *of_keys)
+
+
+def _like(one: Array, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(x.astype(one.dtype) for x in arrays)
+
+
+def _plus(some: Sequence[Array], more: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(one + other for one, other in zip(some, more, strict=True))
 
 
 # --- On the mesh ---------------------------------------------------------------------------------------------------------------
