@@ -81,11 +81,14 @@ def _nothing(arrays: Sequence[Array]) -> _Exchange:
 
 
 class _Place:
-    """Where a device stands: `degree` neighbours share heads, and as many groups as there are stand in a ring."""
+    """Where a device stands: `degree` neighbours share heads, and as many groups as there are stand in a ring.
 
-    def __init__(self, degree: int) -> None:
+    `length` is the number of image tokens over all, without padding.
+    """
+
+    def __init__(self, length: int, degree: int) -> None:
         self.size: int = jax.lax.axis_size(SEQUENCE)
-        self.degree, self.hops = degree, self.size // degree
+        self.length, self.degree, self.hops = length, degree, self.size // degree
         rank = jax.lax.axis_index(SEQUENCE)
         self.group, self.share = rank // degree, rank % degree
         self._groups = [list(range(start, start + degree)) for start in range(0, self.size, degree)]
@@ -141,12 +144,13 @@ class _Place:
         ends = [self.degree * (heads * n // count) for n in range(1, count)]
         return [list(parts) for parts in zip(*(jnp.split(x, ends, axis=2) for x in arrays), strict=True)]
 
-    def valid(self, length: int, block: int, hop: Array | int) -> Valid:
-        """Which keys are tokens and not padding, of the block that has come over `hop` groups; None for all."""
-        if length == self.hops * block:
+    def valid(self, block: Float[Array, "B M H d"], hop: Array | int) -> Valid:
+        """Which of the keys that have come over `hop` groups are tokens and not padding; None for all."""
+        keys = block.shape[1]
+        if self.length == self.hops * keys:
             return None
         owner = (self.group - hop) % self.hops
-        return (owner * block + jnp.arange(block) < length)[None]
+        return (owner * keys + jnp.arange(keys) < self.length)[None]
 
     def my_heads(self, x: Float[Array, "B S H ..."]) -> Float[Array, "B S h ..."]:
         heads = x.shape[2] // self.degree
@@ -164,7 +168,7 @@ def _heads(parts: Sequence[Array]) -> Array:
 
 def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_lengths: Array, *, how: "How") -> Any:
     """Results of this device's image tokens, and of all text tokens; and what the way back needs."""
-    place, attend, dtype = _Place(how.degree), how.kernel(v).attend, v.dtype
+    place, attend, dtype = _Place(how.length, how.degree), how.kernel(v).attend, v.dtype
     txt_valid = jnp.arange(tk.shape[1]) < txt_lengths[:, None]
     texts = [[place.my_heads(x) for x in turn] for turn in place.turns(tq, tk, tv)]
     turns = place.turns(q, k, v)
@@ -177,10 +181,10 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
         (q, *keys), (_, tk, tv) = coming.brought, texts[number]
         with_text, with_text_lse = attend(q, tk, tv, txt_valid)
         kept.append((q, *keys))
-        keys, state = _ring(place, attend, how.length, q, keys, [with_text.astype(jnp.float32), with_text_lse])
+        keys, state = _ring(place, attend, q, keys, [with_text.astype(jnp.float32), with_text_lse])
         coming = place.tokens_for_heads(*(turns.pop(0) if turns else ()))
         stage = _Stage(coming, leaving, idle=(texts, turns, kept, lses, images, state))
-        out, lse = merge(state, stage.attend(attend, q, *keys, place.valid(how.length, keys[0].shape[1], place.hops - 1)))
+        out, lse = merge(state, stage.attend(attend, q, *keys, place.valid(keys[0], place.hops - 1)))
         images += leaving.brought
         lses.append(lse)
         leaving = place.heads_for_tokens(out.astype(dtype))
@@ -188,22 +192,20 @@ def _forward(q: Array, k: Array, v: Array, tq: Array, tk: Array, tv: Array, txt_
     for number in range(len(texts)):
         (_, k, v), (tq, tk, tv) = kept[number], texts[number]
         stage = _Stage(*(() if number else (leaving,)), idle=(texts, kept, lses, images))
-        of_image = stage.attend(attend, tq, k, v, place.valid(how.length, k.shape[1], 0))
+        of_image = stage.attend(attend, tq, k, v, place.valid(k, 0))
         parts.append(merge(of_image, attend(tq, tk, tv, txt_valid & (place.group == 0))))
     images += leaving.brought
     txt_out, txt_lse = _merged(place, parts)
     return (_heads(images), txt_out.astype(dtype)), (kept, (lses, txt_lse))
 
 
-def _ring(
-    place: _Place, attend: Callable[..., Any], length: int, q: Array, keys: list[Array], state: list[Array]
-) -> tuple[list[Array], list[Array]]:
+def _ring(place: _Place, attend: Callable[..., Any], q: Array, keys: list[Array], state: list[Array]) -> tuple[list[Array], list[Array]]:
     """Queries meet the keys and values of all groups, merged into `state`, but for the last to come: these, and what is merged."""
 
     def hop(carry: Any, number: Array) -> tuple[Any, None]:
         (k, v), state = carry
         keys = place.pass_on(k, v)
-        met = _Stage(keys, fenced=place.hops == 2).attend(attend, q, k, v, place.valid(length, k.shape[1], number))
+        met = _Stage(keys, fenced=place.hops == 2).attend(attend, q, k, v, place.valid(k, number))
         return (keys.brought, list(merge(state, met))), None
 
     return jax.lax.scan(hop, (keys, state), jnp.arange(place.hops - 1))[0]
@@ -222,7 +224,7 @@ def _merged(place: _Place, parts: Sequence[tuple[Array, Array]]) -> tuple[Float[
 def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any, slopes: Any, *, how: "How") -> tuple[Array, ...]:
     """Gradients of all six inputs; those of text are summed over the devices, each of which has met other keys or queries."""
     (lses, txt_lse), dtype = sums, kept[0][2].dtype
-    place, attend_backward = _Place(how.degree), how.kernel(kept[0][2]).attend_backward
+    place, attend_backward = _Place(how.length, how.degree), how.kernel(kept[0][2]).attend_backward
     here = functools.partial(_backward_here, attend_backward)
     txt_valid = jnp.arange(text[1].shape[1]) < txt_lengths[:, None]
     texts = [[place.my_heads(x) for x in turn] for turn in place.turns(*text, results[1], txt_lse, slopes[1])]
@@ -232,7 +234,7 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
     for number in range(len(texts)):
         (_, k, v), (tq, _, _, *side) = kept[number], texts[number]
         stage = _Stage(*(() if number else (coming,)), idle=(texts, sides, kept, lses, by_text))
-        by_text.append(stage.attend(here, tq, k, v, place.valid(how.length, k.shape[1], 0), *side))
+        by_text.append(stage.attend(here, tq, k, v, place.valid(k, 0), *side))
     images: list[Any] = []
     of_text: list[Any] = []
     for number in range(len(texts)):
@@ -240,7 +242,7 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
         coming = place.tokens_for_heads(*(sides.pop(0) if sides else ()))
         idle = texts, sides, kept, lses, by_text, images, of_text
         turn = q, k, v, out, lse, slope
-        dq, of_keys, of_text_keys = _ring_backward(place, attend_backward, how.length, turn, (tk, tv, txt_valid), (coming, leaving), idle)
+        dq, of_keys, of_text_keys = _ring_backward(place, attend_backward, turn, (tk, tv, txt_valid), (coming, leaving), idle)
         images.append(leaving.brought)
         dtq, more = by_text[number]
         leaving = place.heads_for_tokens(*_like(v, dq), *_plus(of_keys, more))
@@ -258,7 +260,6 @@ def _backward(kept: Any, sums: Any, text: Any, txt_lengths: Array, results: Any,
 def _ring_backward(
     place: _Place,
     attend_backward: Callable[..., Any],
-    length: int,
     turn: tuple[Array, ...],
     text: tuple[Array, Array, Valid],
     exchanges: Sequence[_Exchange],
@@ -270,7 +271,7 @@ def _ring_backward(
     the first kernel, `idle` is held back meanwhile.
     """
     q, k, v, *side = turn
-    every, here = functools.partial(place.valid, length, k.shape[1]), functools.partial(_backward_here, attend_backward)
+    here = functools.partial(_backward_here, attend_backward)
     # With heads shared, lines are drawn closely, and the last hop, which sends no keys on, is no part of the loop. Without, arrays of all
     # heads are held, for which that takes too much memory, and there is less to do meanwhile.
     close = place.degree > 1
@@ -281,18 +282,18 @@ def _ring_backward(
         (k, v), of_keys, dq = carry
         keys, grads = place.pass_on(k, v), place.pass_on(*of_keys)
         stage = _Stage(keys, grads, fenced=looped == 1)
-        more_dq, *more = stage.attend(attend_backward, q, k, v, every(number), *side)
+        more_dq, *more = stage.attend(attend_backward, q, k, v, place.valid(k, number), *side)
         return (keys.brought, _like(v, *_plus(grads.brought, more)), dq + more_dq), None
 
     keys = place.pass_on(k, v)
-    dq, of_keys = _Stage(*exchanges, keys, idle=idle, close=close).attend(here, q, k, v, every(0), *side)
+    dq, of_keys = _Stage(*exchanges, keys, idle=idle, close=close).attend(here, q, k, v, place.valid(k, 0), *side)
     so_far: list[Array] = []
     idle = *(exchange.brought for exchange in exchanges), *idle, so_far
     if place.hops > 1:
         (last, of_keys, dq), _ = jax.lax.scan(hop, (keys.brought, of_keys, dq), jnp.arange(1, looped + 1))
     if place.hops > 1 and close:
         grads, so_far[:] = place.pass_on(*of_keys), [dq]
-        more_dq, more = _Stage(grads, idle=idle).attend(here, q, *last, every(place.hops - 1), *side)
+        more_dq, more = _Stage(grads, idle=idle).attend(here, q, *last, place.valid(last[0], place.hops - 1), *side)
         dq, of_keys = so_far[0] + more_dq, _plus(grads.brought, more)
     grads, so_far[:] = place.pass_on(*of_keys), [dq]  # home
     more_dq, *of_text_keys = _Stage(grads, idle=idle, close=close).attend(attend_backward, q, *text, *side)
