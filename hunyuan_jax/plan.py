@@ -6,8 +6,8 @@
 A TPU's own compiler, from the package libtpu, compiles the real step (model, optimizer, moving average, recomputation, kernels) and says
 what it holds; what it exchanges is read from the compiled program. How much of what it holds beside the state is activations that the
 forward pass keeps, it does not say: that is arithmetic (estimate.py), and the rest is called temporaries. The passes that take the compiler
-longest are left out, which leaves upper bounds of memory and time; --exact compiles as training does. GPUs, such as --topology=h100:64,
-have the same table by arithmetic.
+longest are left out: training will take less time, and hold less or hardly more; --exact compiles as it does. GPUs, such as
+--topology=h100:64, have the same table by arithmetic.
 
 The time of a step is a model, not a measurement: products at a share of the peak (`EFFICIENCY`), what the optimizer reads and writes at
 the memory's rate, what is exchanged at the links' rate, in the background where the program does so. It knows no stalls, no input,
@@ -60,8 +60,8 @@ LIBTPU = "libtpu==0.0.42.1"  # of the jax that is pinned
 EFFICIENCY = {"products": 0.8, "attention": 0.55}
 ROOM = 0.85  # of the memory, that a step may fill
 # To compile in a third of the time, without costly passes, without effort at fitting memory and with no more vector memory than the
-# compiler takes by itself, since more is more to try; memory is then an upper bound, and fewer exchanges are hidden. With them the hundreds
-# of convolutions of a VAE's step take hours.
+# compiler takes by itself, since more is more to try. Fewer exchanges are then hidden; a step of the 13B holds as much or more, a small one
+# may hold less. With these passes the hundreds of convolutions of a VAE's step take hours.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
 
 
@@ -81,7 +81,7 @@ class Plan:
     checkpoint: float  # bytes
     compile_seconds: float | None  # None where it is all arithmetic
     kernels: dict[str, int]
-    upper_bound: bool  # of memory: whether the step was compiled `QUICKLY`
+    quick: bool  # whether the step was compiled `QUICKLY`
 
     @property
     def fits(self) -> bool:
@@ -104,7 +104,7 @@ class Plan:
             "total_bytes_per_chip": per_chip * self.memory.total,
             "hbm_bytes_per_chip": per_chip * self.chip.memory,
             "memory_bytes_per_chip": memory,
-            "memory_is_upper_bound": self.upper_bound,
+            "compiled_quickly": self.quick,
             "model_flops_per_step": self.flops.model,
             "hardware_flops_per_step": self.flops.hardware,
             "exchanged_bytes_per_device": self.exchanged,
@@ -350,7 +350,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
         checkpoint=known.checkpoint,
         compile_seconds=seconds,
         kernels=kernels,
-        upper_bound=seconds is not None and not exact,
+        quick=seconds is not None and not exact,
     )
 
 
@@ -441,7 +441,7 @@ def _mesh(plan: Plan) -> str:
 
 
 def _too_much(plan: Plan) -> str:
-    return "may not fit, which --exact knows" if plan.upper_bound else "does not fit"
+    return "may not fit, which --exact knows" if plan.quick else "does not fit"
 
 
 def _choice(config: ConfigDict, plan: Plan) -> str:
@@ -464,8 +464,8 @@ def table(config: ConfigDict, topology: str, plan: Plan) -> str:
     per_chip, memory = plan.chip.devices, plan.memory
     chips = plan.devices // per_chip
     how = "by arithmetic, not compiled" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"
-    if plan.upper_bound:
-        how += " without costly passes, which makes memory an upper bound"
+    if plan.quick:
+        how += " without costly passes: training will take less time, and hold less or hardly more, which --exact knows"
     model = config.model
     remat = f"recomputation {model.remat}"
     if plan.mesh["sequence"] > 1:

@@ -105,7 +105,7 @@ from configs import t2v_13b
 from hunyuan_jax import estimate, plan
 
 config = t2v_13b.get_config("image_256")
-config.model.update({{"width": 512, "num_heads": 4, "num_double_blocks": 2, "num_single_blocks": 4}})
+config.model.update({{"width": 256, "num_heads": 2, "num_double_blocks": 2, "num_single_blocks": 4}})
 config.data.buckets = [{{"frames": 1, "height": 256, "width": 256, "batch": 4}}]
 """
 OPTIMIZER = f"""{SMALL_PLAN}
@@ -171,14 +171,14 @@ print(json.dumps({{"plans": [found.to_json() for found in (*(found for _, found 
 """
 
 
-def test_a_search_compiles_the_candidates_that_promise_most_and_ranks_them_by_upper_bounds():
+def test_a_search_compiles_the_candidates_that_promise_most_and_ranks_them_by_time():
     *ranked, exact = found_json(run_program(SEARCH))["plans"]
     assert len(ranked) == 2
     assert all(found["fits"] and found["compile_seconds"] > 0 for found in ranked)
     assert ranked[0]["step_seconds"] <= ranked[1]["step_seconds"]
-    assert [found["memory_is_upper_bound"] for found in (*ranked, exact)] == [True, True, False]
+    assert [found["compiled_quickly"] for found in (*ranked, exact)] == [True, True, False]
     assert exact["mesh"] == ranked[0]["mesh"]
-    assert exact["total_bytes_per_chip"] <= ranked[0]["total_bytes_per_chip"] < 1.5 * exact["total_bytes_per_chip"]
+    assert exact["total_bytes_per_chip"] == pytest.approx(ranked[0]["total_bytes_per_chip"], rel=0.2)
     assert exact["step_seconds"] <= ranked[0]["step_seconds"]
 
 
@@ -187,8 +187,8 @@ def found_json(printed: str) -> dict[str, Any]:
     return json.loads(re.search(r"^\{.*\}$", printed, re.MULTILINE)[0])
 
 
-def plan(config: str, *more: str) -> dict[str, Any]:
-    command = ("hunyuan_jax.plan", f"--config=configs/{config}", "--topology=v5p:4x4x8", "--json", *more)
+def plan(config: str, topology: str) -> dict[str, Any]:
+    command = ("hunyuan_jax.plan", f"--config=configs/{config}", f"--topology={topology}", "--json")
     return found_json(run_module(*command, minutes=25))
 
 
@@ -197,7 +197,7 @@ def test_the_step_at_720p_fits_a_pod_and_runs_attention_forward_once():
 
     Arithmetic, with which a search begins, is not far from it.
     """
-    said = plan("t2v_13b.py:video_720")
+    said = plan("t2v_13b.py:video_720", "v5p:4x4x8")
     assert said["fits"]
     assert said["mfu"] > 0.45
     forward = sum(count for name, count in said["kernels_per_step"].items() if "fwd" in name)
@@ -210,8 +210,8 @@ def test_the_step_at_720p_fits_a_pod_and_runs_attention_forward_once():
 
 
 def test_the_step_on_images_fits_a_pod_and_exchanges_nothing_but_weights_and_gradients():
-    """2048 images of 256 x 256 on 128 chips of v5p, over `fsdp` alone. In 60 layers all but attention is made again on the way back."""
-    said = plan("t2v_13b.py:image_256")
+    """2048 images of 256 x 256 on 256 chips of v6e, over `fsdp` alone. In 60 layers all but attention is made again on the way back."""
+    said = plan("t2v_13b.py:image_256", "v6e:16x16")
     assert said["fits"]
     assert set(said["exchanged_bytes_per_device"]) == {"fsdp"}
     assert said["hardware_flops_per_step"] == pytest.approx(4 / 3 * said["model_flops_per_step"], rel=0.01)

@@ -2,7 +2,7 @@
 
     python -m tests.bench.plan_table [--topologies v5p:4x4x8 v6e:16x16 tpu7x:4x4x8] [--configs t2v_13b.py:video_720 ...]
 
-A row is one run of `hunyuan_jax.plan` on the config's costliest bucket; rows are printed as they come. Memory and time are upper bounds.
+A row is one run of `hunyuan_jax.plan` on the config's costliest bucket; rows are printed as they come. The costliest passes are left out.
 What a pod needs to be set beside the config stands in `SETTINGS`.
 """
 
@@ -53,7 +53,7 @@ def row(config: str, topology: str) -> str:
 
 def main() -> None:
     args = parse()
-    print("| config | topology | mesh | bucket x batch | memory of a chip, at most | model FLOPs | computed | a step | MFU | compiled in |")
+    print("| config | topology | mesh | bucket x batch | memory of a chip | model FLOPs | computed | a step | MFU | compiled in |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for topology in args.topologies:
         for config in args.configs:
