@@ -6,7 +6,7 @@
 A TPU's own compiler, from the package libtpu, compiles the real step (model, optimizer, moving average, recomputation, kernels) and says
 what it holds; what it exchanges is read from the compiled program. How much of what it holds beside the state is activations that the
 forward pass keeps, it does not say: that is arithmetic (estimate.py), and the rest is called temporaries. The passes that take the compiler
-longest are left out: training will take less time, and hold less or hardly more; --exact compiles as it does. GPUs, such as
+longest are left out: training will take less time, and hold less or a little more; --exact compiles as it does. GPUs, such as
 --topology=h100:64, have the same table by arithmetic.
 
 The time of a step is a model, not a measurement: products at a share of the peak (`EFFICIENCY`), what the optimizer reads and writes at
@@ -81,7 +81,7 @@ class Plan:
     checkpoint: float  # bytes
     compile_seconds: float | None  # None where it is all arithmetic
     kernels: dict[str, int]
-    quick: bool  # whether the step was compiled `QUICKLY`
+    compiled_quickly: bool  # whether the step was compiled, and that `QUICKLY`
 
     @property
     def fits(self) -> bool:
@@ -104,7 +104,7 @@ class Plan:
             "total_bytes_per_chip": per_chip * self.memory.total,
             "hbm_bytes_per_chip": per_chip * self.chip.memory,
             "memory_bytes_per_chip": memory,
-            "compiled_quickly": self.quick,
+            "compiled_quickly": self.compiled_quickly,
             "model_flops_per_step": self.flops.model,
             "hardware_flops_per_step": self.flops.hardware,
             "exchanged_bytes_per_device": self.exchanged,
@@ -350,7 +350,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
         checkpoint=known.checkpoint,
         compile_seconds=seconds,
         kernels=kernels,
-        quick=seconds is not None and not exact,
+        compiled_quickly=seconds is not None and not exact,
     )
 
 
@@ -441,7 +441,7 @@ def _mesh(plan: Plan) -> str:
 
 
 def _too_much(plan: Plan) -> str:
-    return "may not fit, which --exact knows" if plan.quick else "does not fit"
+    return "may not fit, which --exact knows" if plan.compiled_quickly else "does not fit"
 
 
 def _choice(config: ConfigDict, plan: Plan) -> str:
@@ -464,8 +464,8 @@ def table(config: ConfigDict, topology: str, plan: Plan) -> str:
     per_chip, memory = plan.chip.devices, plan.memory
     chips = plan.devices // per_chip
     how = "by arithmetic, not compiled" if plan.compile_seconds is None else f"compiled in {plan.compile_seconds:.0f} s"
-    if plan.quick:
-        how += " without costly passes: training will take less time, and hold less or hardly more, which --exact knows"
+    if plan.compiled_quickly:
+        how += " without costly passes: training will take less time, and hold less or a little more, which --exact knows"
     model = config.model
     remat = f"recomputation {model.remat}"
     if plan.mesh["sequence"] > 1:
