@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def total() -> float:
     return float(jax.jit(jnp.sum)(ones))
 
 
+def say(what: str) -> None:
+    """A line, in one piece, since all processes write into one pipe."""
+    os.write(sys.stdout.fileno(), f"{what}\n".encode())
+
+
 def share(folder: str) -> None:
     """Whatever mesh they stand on, devices get the rows that the plan has for their place in the batch, or instead of damaged ones."""
     assert total() == jax.device_count() == 4
@@ -84,7 +90,7 @@ def share(folder: str) -> None:
     odd = Schedule(0, (dataclasses.replace(BUCKETS[0], batch=6),), ((0, 1),))
     with pytest.raises(UserError, match="a batch of 6 is split into 4"):
         loader.Loader(config, odd, Numbered(), **(how | {"sharding": batch_sharding(meshes[0])}))
-    print(f"process {jax.process_index()} is content", flush=True)
+    say(f"process {jax.process_index()} is content")
 
 
 def equal() -> None:
@@ -93,7 +99,7 @@ def equal() -> None:
     seed, sizes = {2: (5, (1, 1, 4, 1)), 4: (6, (1, 1, 2, 2))}[jax.process_count()]
     said, error = context_cases.difference(np.random.default_rng(seed), sizes)
     assert error <= context_cases.LIMIT, (said, error)
-    print(f"process {jax.process_index()}: {error:.1e}  {said}", flush=True)
+    say(f"process {jax.process_index()}: {error:.1e}  {said}")
 
 
 def main(argv: list[str]) -> None:
