@@ -90,7 +90,7 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "block_out_channels": (128, 256, 512, 512),
                 "layers_per_block": 2,
                 "norm_num_groups": 32,
-                "convolution": "volume",
+                "convolution": "planes",
                 "remat": "full",
                 "dtype": "bfloat16",
             },
@@ -102,7 +102,7 @@ def _config(stage: dict[str, Any]) -> ConfigDict:
                 "lpips_frames": 8,
             },
             "critic": {
-                "model": {"widths": (64, 128, 256, 512), "time_halvings": 2, "convolution": "volume", "dtype": "bfloat16"},
+                "model": {"widths": (64, 128, 256, 512), "time_halvings": 2, "convolution": "planes", "dtype": "bfloat16"},
                 "optimizer": {"learning_rate": stage["learning_rate"], "warmup_steps": 500, "b1": 0.5, "b2": 0.99},
                 "weight": 0.05,
                 "start_step": stage["critic_start"],
@@ -140,8 +140,8 @@ def _small(stage: dict[str, Any]) -> ConfigDict:
     config = _config(stage)
     config.start = "configs/shapes_vae"
     config.model.update({"block_out_channels": (8, 16, 48, 48), "layers_per_block": 1, "norm_num_groups": 4})
-    config.model.update({"convolution": "planes", "remat": "none", "dtype": "float32"})
-    config.critic.model.update({"widths": (8, 16, 32), "convolution": "planes", "dtype": "float32"})
+    config.model.update({"remat": "none", "dtype": "float32"})
+    config.critic.model.update({"widths": (8, 16, 32), "dtype": "float32"})
     config.critic.update({"lead_steps": 100})
     config.critic.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 20})
     config.data.update({"held_out": stage.get("held_out", 0.05), "threads": 2})

@@ -69,6 +69,19 @@ def test_planes_and_volume_are_the_same_convolution(strides):
     np.testing.assert_allclose(planes, volume, atol=1e-5)
 
 
+def test_a_sum_of_planes_in_bfloat16_is_rounded_once():
+    config = dataclasses.replace(SMALL, convolution="planes", dtype="bfloat16")
+    x = random(1, 5, 6, 6, 8).astype(jnp.bfloat16)
+    layer = CausalConv(config, 8)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), random_params_of(layer, x))
+    params["params"]["conv"]["bias"] *= 0  # which is added after
+    exact = CausalConv(dataclasses.replace(config, dtype="float32"), 8).apply(params, x)
+    rounded = exact.astype(jnp.bfloat16).astype(jnp.float32)
+    assert jnp.mean(layer.apply(params, x).astype(jnp.float32) == rounded) > 0.99  # but where float32's own error decides
+    grads = jax.grad(lambda params, x: jnp.sum(layer.apply(params, x).astype(jnp.float32)), argnums=(0, 1))(params, x)
+    assert (grads[0]["params"]["conv"]["kernel"].dtype, grads[1].dtype) == (jnp.float32, jnp.bfloat16)
+
+
 def test_a_convolution_never_sees_later_frames():
     x = random(1, 5, 6, 6, 4)
     convolution = CausalConv(SMALL, 8)

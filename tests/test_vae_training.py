@@ -348,7 +348,7 @@ def test_every_part_of_the_recipe_can_be_built_and_mixes_images_and_video(part):
     build(LoopConfig, config.train, where="train"), build(MeshConfig, config.mesh, where="mesh"), build(EmaConfig, config.ema, where="ema")
     if part in recipe.STAGES:
         assert task.tiling == Tiling()
-        assert task.model == dataclasses.replace(VAEConfig(), remat="full", dtype="bfloat16")
+        assert task.model == dataclasses.replace(VAEConfig(), convolution="planes", remat="full", dtype="bfloat16")
 
 
 # --- Runs ----------------------------------------------------------------------------------------------------------------------

@@ -1,28 +1,51 @@
-"""Time of a 3D convolution with its gradients, as one ("volume") and as a sum of 2D ones ("planes").
+"""A 3D convolution with its gradients, as one ("volume") and as a sum of 2D ones ("planes"): what each takes, and the ratio.
 
-python -m tests.bench.convolution
+python -m tests.bench.convolution                              milliseconds on the device JAX finds, the best of `REPEATS`
+python -m tests.bench.convolution --topologies v5p:2x2x1 ...   cycles of TPUs that are not attached, as their compiler estimates
 
-Prints milliseconds, the best of `REPEATS`, and the ratio, for the shapes of a small VAE on the device JAX finds.
+The first is of shapes of a small VAE in float32. The second is of the large one's in bfloat16, with a forward pass that is computed twice,
+compiled as training is; a row takes one minute to several.
 """
 
+import argparse
+import functools
+import re
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from hunyuan_jax.models.vae import Conv3D
+from hunyuan_jax.parallel.compiler_options import step_options
+from hunyuan_jax.plan import devices_of
 
-SHAPES = ((4, 9, 64, 16), (4, 9, 32, 32), (4, 9, 16, 48), (8, 5, 8, 64))  # batch, frames, side, channels
+SMALL = ((4, 9, 64, 64, 16), (4, 9, 32, 32, 32), (4, 9, 16, 16, 48), (8, 5, 8, 8, 64))  # batch, frames, rows, columns, channels
+LARGE = ((1, 65, 128, 512, 128), (1, 65, 64, 256, 256), (1, 33, 32, 128, 512))  # on one of four devices that share the rows of a clip
 REPEATS = 7
 
 
-def best_ms(convolution: str, shape: tuple[int, int, int, int]) -> float:
-    """Milliseconds of the value and both gradients of one convolution."""
-    batch, frames, side, channels = shape
-    x = jax.random.normal(jax.random.key(0), (batch, frames + 2, side + 2, side + 2, channels))
-    layer = Conv3D(channels, 3, (1, 1, 1), convolution, "float32")
+def layer_and_step(convolution: str, channels: int, *, dtype: str, recompute: bool) -> tuple[Conv3D, Callable[..., Any]]:
+    """A convolution, and what gives its output's mean square and both gradients of that."""
+    layer = Conv3D(channels, 3, (1, 1, 1), convolution, dtype)
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(layer.apply(params, x).astype(jnp.float32)))
+
+    return layer, jax.jit(jax.value_and_grad(jax.checkpoint(loss) if recompute else loss, argnums=(0, 1)))
+
+
+def input_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    batch, *sides, channels = shape
+    return batch, *(side + 2 for side in sides), channels
+
+
+def best_ms(convolution: str, shape: tuple[int, ...]) -> float:
+    layer, step = layer_and_step(convolution, shape[-1], dtype="float32", recompute=False)
+    x = jax.random.normal(jax.random.key(0), input_shape(shape))
     params = layer.init(jax.random.key(1), x)
-    step = jax.jit(jax.value_and_grad(lambda params, x: jnp.mean(jnp.square(layer.apply(params, x))), argnums=(0, 1)))
     jax.block_until_ready(step(params, x))
     times = []
     for _ in range(REPEATS):
@@ -32,11 +55,33 @@ def best_ms(convolution: str, shape: tuple[int, int, int, int]) -> float:
     return 1000 * min(times)
 
 
+def estimated_megacycles(convolution: str, shape: tuple[int, ...], device: Any) -> float:
+    layer, step = layer_and_step(convolution, shape[-1], dtype="bfloat16", recompute=True)
+    x = jax.ShapeDtypeStruct(input_shape(shape), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    there = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+    options = step_options(device.device_kind, tuned=False)
+    program = step.lower(*jax.tree.map(there, (params, x))).compile(options).as_text()
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))) / 1e6
+
+
 def main() -> None:
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    for shape in SHAPES:
-        volume, planes = best_ms("volume", shape), best_ms("planes", shape)
-        print(f"B T S C = {shape}: volume {volume:.1f} ms, planes {planes:.1f} ms, ratio {volume / planes:.2f}")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.convolution", description=__doc__.splitlines()[0])
+    parser.add_argument("--topologies", nargs="+", default=())
+    topologies = parser.parse_args().topologies
+    if topologies:
+        jax.config.update("jax_platforms", "cpu")
+        runs = [
+            (topology, "million cycles", LARGE, functools.partial(estimated_megacycles, device=devices_of(topology)[0]))
+            for topology in topologies
+        ]
+    else:
+        runs = [(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", "ms", SMALL, best_ms)]
+    for where, unit, shapes, take in runs:
+        print(where, flush=True)
+        for shape in shapes:
+            volume, planes = take("volume", shape), take("planes", shape)
+            print(f"B T H W C = {shape}: volume {volume:.1f}, planes {planes:.1f} {unit}, ratio {volume / planes:.2f}", flush=True)
 
 
 if __name__ == "__main__":
