@@ -244,6 +244,38 @@ def test_a_vae_and_its_critic_learn_the_same_from_clips_whose_rows_are_split(til
         assert 0 < gathered <= 4 * (2 * 8 * 4 * 8)
 
 
+FRAMES_APART = """
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from hunyuan_jax.hlo import Program
+from hunyuan_jax.models.critics import lpips_of_clips, lpips_shapes
+from hunyuan_jax.parallel.mesh import MeshConfig, make_mesh
+from hunyuan_jax.parallel.sharding import split_rows
+
+rng = np.random.default_rng(0)
+weights = jax.tree.map(lambda leaf: np.abs(0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), lpips_shapes())
+clips = rng.uniform(-1, 1, (2, 2, 5, 32, 16, 3)).astype(np.float32)
+keys = jax.random.split(jax.random.key(0), 2)
+judge = lambda a, b: jnp.sum(lpips_of_clips(weights, split_rows(a), split_rows(b), keys=keys, frames=FRAMES))
+found, exchanges = [], []
+for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(fsdp=2, sequence=2))):
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(judge)).lower(*clips).compile()
+        found.append(jax.tree.map(np.asarray, compiled(*clips)))
+        exchanges = Program(compiled.as_text()).exchanges(mesh.shape)
+for one, four in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(four, one, atol=2e-5 * np.abs(one).max())
+print(*(e.kind for e in exchanges if e.axes == ("sequence",) and e.sent > 100))  # smaller are those of the keys
+"""
+
+
+def test_frames_are_judged_each_on_one_device_where_they_divide():
+    """Two clips' frames there and one's gradient back are all that travels then; else there is something at each of 13 convolutions."""
+    apart, in_rows = (run_program(FRAMES_APART.replace("FRAMES", str(frames))).split() for frames in (2, 3))
+    assert apart == 3 * ["all-to-all"]
+    assert len(in_rows) > 13
+
+
 def test_rows_that_do_not_divide_are_refused():
     with jax.set_mesh(make_mesh(MeshConfig(sequence=4), devices=4 * jax.devices()[:1])), pytest.raises(UserError, match="sequence=4"):
         split_rows(jnp.zeros((1, 1, 6, 4, 3)))

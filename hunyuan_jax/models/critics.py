@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hunyuan_jax.errors import UserError
 from hunyuan_jax.models.vae import Conv3D
+from hunyuan_jax.parallel.sharding import placed, sequence_size
 
 # --- LPIPS ---------------------------------------------------------------------------------------------------------------------
 
@@ -62,11 +63,11 @@ class LPIPS(nn.Module):
     @nn.compact
     def __call__(self, a: Float[Array, "N H W 3"], b: Float[Array, "N H W 3"]) -> Float[Array, "N"]:
         shift, scale = jnp.array(LPIPS_SHIFT), jnp.array(LPIPS_SCALE)
-        # Both at once, so that the network is one in the program.
-        features = VGG16(name="vgg")((jnp.concatenate([a, b]) - shift) / scale)
+        # Both at once, so that the network is one in the program, and side by side, so that a pair's distance is found on one device.
+        features = VGG16(name="vgg")((jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:]) - shift) / scale)
         distance = jnp.zeros(len(a))
         for i, both in enumerate(features):
-            one, other = jnp.split(unit_length(both), 2)
+            one, other = jnp.moveaxis(unit_length(both).reshape(len(a), 2, *both.shape[1:]), 1, 0)
             weights = self.param(f"lin{i}", nn.initializers.constant(1.0 / both.shape[-1]), (both.shape[-1],))
             distance += jnp.mean(jnp.square(one - other) @ weights, axis=(1, 2))
         return distance
@@ -81,10 +82,15 @@ def lpips_shapes() -> Any:
 def lpips_of_clips(
     params: Any, a: Float[Array, "B T H W 3"], b: Float[Array, "B T H W 3"], *, keys: PRNGKeyArray | None = None, frames: int = 0
 ) -> Float[Array, "B"]:
-    """The mean LPIPS of the clips' frames; of `frames` of them alone, drawn by each clip's key, where it is above 0."""
+    """The mean LPIPS of the clips' frames; of `frames` of them alone, drawn by each clip's key, where it is above 0.
+
+    Devices that share the rows of a clip share its frames instead, each whole, where these divide.
+    """
     if 0 < frames < a.shape[1]:
         chosen = jax.vmap(lambda key: jax.random.choice(key, a.shape[1], (frames,), replace=False))(keys)
         a, b = (jax.vmap(lambda clip, index: clip[index])(x, chosen) for x in (a, b))
+    if a.shape[1] % sequence_size() == 0:
+        a, b = (placed(x, "samples", "whole frames") for x in (a, b))
     distance: Any = LPIPS().apply({"params": params}, *(x.reshape(-1, *x.shape[2:]) for x in (a, b)))
     return jnp.mean(distance.reshape(a.shape[:2]), axis=1)
 

@@ -61,6 +61,7 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "hidden units": ("tensor",),
     "embedding": ("fsdp",),  # features of a table of words, on the devices that hold them
     "frames": (),
+    "whole frames": (SEQUENCE,),  # that are judged one by one
     "rows": (SEQUENCE,),  # of frames and their latents
 }
 
