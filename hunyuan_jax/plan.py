@@ -61,8 +61,11 @@ EFFICIENCY = {"products": 0.8, "attention": 0.55}
 ROOM = 0.85  # of the memory, that a step may fill
 # To compile in a third of the time, without costly passes, without effort at fitting memory and with no more vector memory than the
 # compiler takes by itself, since more is more to try. Fewer exchanges are then hidden; a step of the 13B holds as much or more, a small one
-# may hold less. With these passes the hundreds of convolutions of a VAE's step take hours.
+# may hold less.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
+# A VAE's step is hundreds of convolutions, which no loop repeats and which take hours with the costly passes. It has no kernels of ours,
+# which need the vector memory, so less will do; and to see which of so many operations could be one takes the compiler a minute.
+QUICKLY_CONVOLVED = QUICKLY | {"xla_tpu_scoped_vmem_limit_kib": "8192", "xla_jf_enable_multi_output_fusion": "false"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class Plan:
     checkpoint: float  # bytes
     compile_seconds: float | None  # None where it is all arithmetic
     kernels: dict[str, int]
-    compiled_quickly: bool  # whether the step was compiled, and that `QUICKLY`
+    compiled_quickly: bool  # whether the step was compiled, and that without costly passes
 
     @property
     def fits(self) -> bool:
@@ -263,7 +266,8 @@ def read_step(config: dict[str, Any], bucket: Bucket, topology: str, exact: bool
     jax.config.update("jax_platforms", "cpu")
     asked, devices = ConfigDict(config), devices_of(topology)
     try:
-        step = compile_step(asked, bucket, devices, more={} if exact else QUICKLY)
+        quickly = QUICKLY if _is_dit(asked) else QUICKLY_CONVOLVED
+        step = compile_step(asked, bucket, devices, more={} if exact else quickly)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -311,7 +315,7 @@ def _send(sender: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -
 def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compiles: bool = True, exact: bool = False) -> Plan:
     """The plan of a config's costliest bucket, or of the one that is named. Without `compiles`, by arithmetic alone.
 
-    `exact` compiles as training does, instead of `QUICKLY`. Raises `UserError` for what cannot be, before anything is compiled, and for
+    `exact` compiles as training does, instead of quickly. Raises `UserError` for what cannot be, before anything is compiled, and for
     what the compiler gives up.
     """
     chip, devices = target(topology)
@@ -360,7 +364,7 @@ def make_plan(config: ConfigDict, topology: str, *, bucket_name: str = "", compi
 def candidates(config: ConfigDict, count: int) -> Iterator[ConfigDict]:
     """The config on every mesh of so many devices, with either way of sharing tokens and every recomputation that keeps all on them."""
     sizes = [n for n in range(1, count + 1) if count % n == 0]
-    is_dit = "context" in config.model
+    is_dit = _is_dit(config)
     for fsdp, sequence, tensor in itertools.product(sizes, sizes, [n for n in sizes if n <= 8] if is_dit else [1]):
         if count % (fsdp * sequence * tensor):
             continue
@@ -370,6 +374,10 @@ def candidates(config: ConfigDict, count: int) -> Iterator[ConfigDict]:
             tried.mesh.update({"data": -1, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
             tried.model.update({"remat": remat} | ({"context": context} if context else {}))
             yield tried
+
+
+def _is_dit(config: ConfigDict) -> bool:
+    return "context" in config.model
 
 
 def with_more_on_the_host(config: ConfigDict) -> ConfigDict | None:
