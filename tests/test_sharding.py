@@ -256,12 +256,12 @@ rng = np.random.default_rng(0)
 weights = jax.tree.map(lambda leaf: np.abs(0.1 * rng.standard_normal(leaf.shape)).astype(np.float32), lpips_shapes())
 clips = rng.uniform(-1, 1, (2, 2, 5, 32, 16, 3)).astype(np.float32)
 keys = jax.random.split(jax.random.key(0), 2)
-judge = lambda a, b: jnp.sum(lpips_of_clips(weights, split_rows(a), split_rows(b), keys=keys, frames=FRAMES))
+judge = lambda a, b, weights: jnp.sum(lpips_of_clips(weights, split_rows(a), split_rows(b), keys=keys, frames=FRAMES))
 found, exchanges = [], []
 for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(fsdp=2, sequence=2))):
     with jax.set_mesh(mesh):
-        compiled = jax.jit(jax.value_and_grad(judge)).lower(*clips).compile()
-        found.append(jax.tree.map(np.asarray, compiled(*clips)))
+        compiled = jax.jit(jax.value_and_grad(judge)).lower(*clips, weights).compile()
+        found.append(jax.tree.map(np.asarray, compiled(*clips, weights)))
         exchanges = Program(compiled.as_text()).exchanges(mesh.shape)
 for one, four in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(four, one, atol=2e-5 * np.abs(one).max())
