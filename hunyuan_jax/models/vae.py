@@ -31,9 +31,10 @@ ATTENTION_BLOCK = 1024  # positions whose scores are held at a time, as queries 
 class VAEConfig:
     """Sizes of the VAE; the defaults are the released model of 246,478,803 parameters.
 
-    `convolution` says how a 3D convolution is computed, with equal results: "volume" as one, "planes" as a sum of 2D convolutions over the
-    kernel's frames, which XLA runs 2 to 4 times faster on CPUs and estimates as 1.1 to 1.6 times faster on TPUs. `remat` says what a gradient
-    keeps: "none" recomputes nothing, "full" keeps the inputs of residual blocks and changes of resolution and computes the rest again.
+    `convolution` says how a 3D convolution is computed, with equal results: "volume" as one, "planes" as a sum of 2D
+    convolutions over the kernel's frames, which XLA runs 2 to 4 times faster on CPUs and estimates as 1.1 to 1.6 times faster
+    on TPUs. `remat` says what a gradient keeps: "none" recomputes nothing, "full" keeps the inputs of residual blocks and
+    changes of resolution and computes the rest again.
     """
 
     in_channels: int = 3
