@@ -63,8 +63,8 @@ ROOM = 0.85  # of the memory, that a step may fill
 # compiler takes by itself, since more is more to try. Fewer exchanges are then hidden; a step of the 13B holds as much or more, a small one
 # may hold less.
 QUICKLY = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0, "xla_tpu_scoped_vmem_limit_kib": "-1"}
-# A VAE's step is hundreds of convolutions, which no loop repeats and which take hours with the costly passes. It has no kernels of ours,
-# which need the vector memory, so less will do; and to see which of so many operations could be one takes the compiler a minute.
+# A VAE's step is hundreds of convolutions that no loop repeats. It has no kernels of ours, which need the vector memory, so less will do;
+# and to see which of so many operations could be one takes the compiler long.
 QUICKLY_CONVOLVED = QUICKLY | {"xla_tpu_scoped_vmem_limit_kib": "8192", "xla_jf_enable_multi_output_fusion": "false"}
 
 
@@ -203,6 +203,10 @@ def costliest(config: ConfigDict, name: str) -> Bucket:
     if not found:
         raise UserError(f"--bucket={name} is none of the config's: {', '.join(bucket.name for bucket in buckets)}.")
     return found[0]
+
+
+def _is_dit(config: ConfigDict) -> bool:
+    return "context" in config.model
 
 
 def check_batch(bucket: Bucket, mesh: Mapping[str, int]) -> None:
@@ -374,10 +378,6 @@ def candidates(config: ConfigDict, count: int) -> Iterator[ConfigDict]:
             tried.mesh.update({"data": -1, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
             tried.model.update({"remat": remat} | ({"context": context} if context else {}))
             yield tried
-
-
-def _is_dit(config: ConfigDict) -> bool:
-    return "context" in config.model
 
 
 def with_more_on_the_host(config: ConfigDict) -> ConfigDict | None:

@@ -33,7 +33,7 @@ class VAEConfig:
 
     `convolution` says how a 3D convolution is computed, with equal results: "volume" as one, "planes" as a sum of 2D
     convolutions over the kernel's frames, which XLA runs 2 to 4 times faster on CPUs and estimates as 1.1 to 1.6 times faster
-    on TPUs. `remat` says what a gradient keeps: "none" recomputes nothing, "full" keeps the inputs of residual blocks and
+    on v5p and v6e. `remat` says what a gradient keeps: "none" recomputes nothing, "full" keeps the inputs of residual blocks and
     changes of resolution and computes the rest again.
     """
 

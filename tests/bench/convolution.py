@@ -59,7 +59,10 @@ def estimated_megacycles(convolution: str, shape: tuple[int, ...], device: Any) 
     layer, step = layer_and_step(convolution, shape[-1], dtype="bfloat16", recompute=True)
     x = jax.ShapeDtypeStruct(input_shape(shape), jnp.bfloat16)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
-    there = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))  # noqa: E731
+
+    def there(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device))
+
     options = step_options(device.device_kind, tuned=False)
     program = step.lower(*jax.tree.map(there, (params, x))).compile(options).as_text()
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))) / 1e6
